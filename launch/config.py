@@ -1,0 +1,240 @@
+"""Settings of the commands: frozen dataclasses that a recipe fills in and the command line edits.
+
+The resolved value is written beside every run as ``config.json`` and read back by
+``--resume``, ``evaluate`` and ``report``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+TaskKind = Literal["classification", "pair", "regression", "token", "span", "mlm"]
+Schedule = Literal["linear", "cosine", "constant"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where examples come from and what they mean.
+
+    Attributes:
+      source: address, such as ``asset:vader/movies``, ``file:reviews.csv``, ``hf:imdb``.
+      task: what is predicted.
+      text: column of the text (of the tokens for token tasks, of the question for span).
+      pair: column of the second text (of the context for span).
+      label: column of the label.
+      classes: names of the classes in order; empty = those found, sorted.
+      split: split of the source to read, for sources that have several.
+      fractions: train, valid, test shares of the hash split.
+      limit: use only the first N training examples of the hash order; 0 = all.
+      max_length: tokens an example may have; longer ones are cut.
+      buckets: padded lengths; every distinct one is one compiled program.
+    """
+
+    source: str = "asset:vader/movies"
+    task: TaskKind = "classification"
+    text: str = "text"
+    pair: str = "text_pair"
+    label: str = "label"
+    classes: tuple[str, ...] = ()
+    split: str | None = None
+    fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    limit: int = 0
+    max_length: int = 128
+    buckets: tuple[int, ...] = (32, 64, 128)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule.
+
+    Attributes:
+      learning_rate: peak.
+      weight_decay: on matrices; biases and norms have none.
+      warmup: share of the steps over which the rate rises from 0.
+      schedule: what follows.
+      b1, b2, eps: of Adam.
+      clip_norm: global norm of the gradient; 0 = no clipping.
+    """
+
+    learning_rate: float = 5e-5
+    weight_decay: float = 0.01
+    warmup: float = 0.06
+    schedule: Schedule = "linear"
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    clip_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """A LoRA overlay in place of full fine-tuning; rank 0 = none.
+
+    Attributes:
+      rank, alpha, sites, drop: see ``steppe.models.overlays.lora``.
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    sites: tuple[str, ...] = ("attn.q", "attn.v")
+    drop: float = 0.0
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """``steppe finetune``: fine-tune a pretrained model, evaluate it, report, export.
+
+    Attributes:
+      model: model folder, ``.onnx`` file, or ``asset:NAME``.
+      out: run folder; empty = runs/ and a name made of data and model.
+      data, optim, lora: see there.
+      epochs: passes over the training split; ignored when steps > 0.
+      steps: optimiser updates; 0 = from epochs.
+      batch_size: examples an update, over all devices and micro-batches.
+      microbatches: pieces that a batch is computed in; the result is the same.
+      drop: dropout rate; negative = the model's own.
+      freeze: regexes of parameter paths that do not train.
+      ema: decay of an exponential moving average of the weights, used for evaluation; 0 = off.
+      compute_dtype: of the forward and backward pass; the master copy is float32.
+      mesh: devices by axis, such as ``data=4,model=2``; empty = all on ``data``.
+      seed: of initial values, order and dropout.
+      log_every, eval_every, save_every: in steps; 0 = eval and save once an epoch.
+      keep: checkpoints to keep.
+      baselines: also fit majority class and frozen features + logistic regression.
+      resume: continue the run in ``out``.
+      dry_run: print the resolved config, parameter count, memory and FLOPs, and stop.
+    """
+
+    model: str = "asset:minilm-l6"
+    out: str = ""
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    epochs: float = 3.0
+    steps: int = 0
+    batch_size: int = 32
+    microbatches: int = 1
+    drop: float = -1.0
+    freeze: tuple[str, ...] = ()
+    ema: float = 0.0
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    mesh: str = ""
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 0
+    save_every: int = 0
+    keep: int = 2
+    baselines: bool = True
+    resume: bool = False
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        positive = ("batch_size", "microbatches", "keep", "log_every")
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        for name in ("steps", "eval_every", "save_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+        if self.steps == 0 and not self.epochs > 0:
+            raise ValueError(f"epochs must be > 0 (or give steps), got {self.epochs}")
+        if not 0.0 <= self.ema < 1.0:
+            raise ValueError(f"ema must be in [0, 1), got {self.ema}")
+        if self.drop >= 1.0:
+            raise ValueError(f"drop must be below 1, got {self.drop}")
+
+    @property
+    def run(self) -> Path:
+        """The run folder."""
+        if self.out:
+            return Path(self.out)
+        parts = [_slug(self.data.source), _slug(self.model), f"seed{self.seed}"]
+        return Path("runs") / "-".join(p for p in parts if p)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """``steppe evaluate``: evaluate an exported model on any data.
+
+    Attributes:
+      model: run folder (its ``model/`` is taken), model folder, or ``asset:NAME`` with a head.
+      data: examples; a run folder's own settings are the default where ``source`` is empty.
+      split: train, valid or test of the hash split, or ``all`` examples.
+      batch_size: examples a forward pass.
+      out: JSON file for the result; empty = print only.
+    """
+
+    model: str
+    data: DataConfig = field(default_factory=lambda: DataConfig(source=""))
+    split: Literal["train", "valid", "test", "all"] = "test"
+    batch_size: int = 64
+    out: str = ""
+
+
+def _slug(address: str) -> str:
+    name = address.split(":", 1)[-1].rstrip("/")
+    tail = "-".join(name.split("/")[-2:]) if address.startswith("asset:") else Path(name).stem
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in tail).strip("-.")
+
+
+def parse_mesh(text: str, devices: int) -> dict[str, int]:
+    """``"data=4,model=2"`` -> ``{"data": 4, "model": 2}``; empty = all devices on ``data``.
+
+    Raises:
+      ValueError: not of that form.
+    """
+    if not text.strip():
+        return {"data": devices}
+    axes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        if not name.strip() or not size.strip().isdigit() or int(size) < 1:
+            raise ValueError(f"mesh must look like data=4,model=2, got {text!r}")
+        axes[name.strip()] = int(size)
+    return axes
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The config as JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(kind: type, values: Mapping[str, Any]) -> Any:
+    """Inverse of :func:`to_dict`.
+
+    Raises:
+      ValueError: an unknown setting, or one of the wrong form.
+    """
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise ValueError(f"{kind.__name__} has no setting {unknown[0]!r}")
+    nested = {"data": DataConfig, "optim": OptimConfig, "lora": LoraConfig}
+    out: dict[str, Any] = {}
+    for name, value in values.items():
+        if name in nested and isinstance(value, Mapping):
+            value = from_dict(nested[name], value)
+        out[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**out)
+
+
+def read(run: Path) -> FinetuneConfig:
+    """The config of a run folder.
+
+    Raises:
+      FileNotFoundError: it is not a run folder.
+      ValueError: its config.json is damaged or of another version.
+    """
+    file = run / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{run} is not a run folder: it holds no config.json")
+    try:
+        values = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error})") from error
+    return from_dict(FinetuneConfig, values)

@@ -1,0 +1,99 @@
+"""Recipes: named, complete settings that are known to work; Python functions, not files.
+
+A recipe returns a config, so ``dataclasses.replace(recipes.vader_movies(), seed=1)`` works in
+a notebook as ``steppe finetune vader-movies --seed 1`` does on the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from steppe.launch.config import DataConfig, FinetuneConfig, LoraConfig, OptimConfig
+
+
+def vader_movies() -> FinetuneConfig:
+    """MiniLM-L6 on VADER movie reviews, positive or negative: the demo (2 cores, minutes)."""
+    return FinetuneConfig(
+        out="runs/vader-movies",
+        data=DataConfig(source="asset:vader/movies", max_length=64, buckets=(16, 32, 64)),
+        optim=OptimConfig(learning_rate=5e-5),
+        epochs=2.0,
+    )
+
+
+def vader_score() -> FinetuneConfig:
+    """MiniLM-L6 on the mean of 20 human scores of each movie-review snippet (regression)."""
+    return FinetuneConfig(
+        out="runs/vader-score",
+        data=DataConfig(
+            source="asset:vader/movies",
+            task="regression",
+            label="score",
+            max_length=64,
+            buckets=(16, 32, 64),
+        ),
+        epochs=2.0,
+    )
+
+
+def sarcasm() -> FinetuneConfig:
+    """MiniLM-L6 on 28,614 news headlines, sarcastic or not."""
+    return FinetuneConfig(
+        out="runs/sarcasm",
+        data=DataConfig(source="asset:sarcasm", max_length=48, buckets=(16, 32, 48)),
+        epochs=1.0,
+    )
+
+
+def brown_pos() -> FinetuneConfig:
+    """MiniLM-L6 on parts of speech of the Brown corpus (a sample of 8,000 sentences)."""
+    return FinetuneConfig(
+        out="runs/brown-pos",
+        data=DataConfig(
+            source="asset:brown", task="token", text="tokens", label="tags", limit=8000
+        ),
+        optim=OptimConfig(learning_rate=1e-4),
+        epochs=1.0,
+        baselines=False,
+    )
+
+
+def twitter_ner() -> FinetuneConfig:
+    """MiniLM-L6 on named entities in tweets, 10 types, entity F1."""
+    return FinetuneConfig(
+        out="runs/twitter-ner",
+        data=DataConfig(
+            source="asset:twitter-ner",
+            task="token",
+            text="tokens",
+            label="tags",
+            max_length=64,
+            buckets=(32, 64),
+        ),
+        optim=OptimConfig(learning_rate=2e-4),
+        epochs=6.0,
+        baselines=False,
+    )
+
+
+def vader_lora() -> FinetuneConfig:
+    """The demo's task with LoRA of rank 8 on all dense layers, the base frozen."""
+    return FinetuneConfig(
+        out="runs/vader-lora",
+        data=DataConfig(source="asset:vader/movies", max_length=64, buckets=(16, 32, 64)),
+        optim=OptimConfig(learning_rate=5e-4),
+        lora=LoraConfig(
+            rank=8, sites=("attn.q", "attn.k", "attn.v", "attn.o", "ffn.in", "ffn.out")
+        ),
+        epochs=2.0,
+    )
+
+
+RECIPES: dict[str, Callable[[], FinetuneConfig]] = {
+    "vader-movies": vader_movies,
+    "vader-score": vader_score,
+    "vader-lora": vader_lora,
+    "sarcasm": sarcasm,
+    "brown-pos": brown_pos,
+    "twitter-ner": twitter_ner,
+}

@@ -1,0 +1,172 @@
+"""The seam that every parameter-efficient method attaches to a frozen model by.
+
+An overlay is three pure functions over a parameter tree of its own (its *delta*):
+
+  init(key, params) -> delta            params: the base's, arrays or abstract shapes
+  sites(delta) -> {site: Site}          what the base computes differently, see ``models.sites``
+  merge(params, delta) -> params        the same function without the overlay, or None
+
+``bind`` turns model + overlay into a model whose parameters are ``{"base": ..., "overlay":
+...}``, so that the optimiser, sharding rules, checkpoints and objectives see nothing special:
+the delta and the head train, the rest of the base is frozen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from steppe.models import tree
+from steppe.models.model import Batch, Masks, Model, ModelOut, Rules
+from steppe.models.sites import Site, stack_sites
+from steppe.models.tree import Params
+
+BASE, OVERLAY = "base", "overlay"
+
+
+class Merged(NamedTuple):
+    """Merged parameters and what the merge changed.
+
+    Attributes:
+      params: the base's tree with the overlay folded in.
+      largest_difference: largest absolute difference between the logits of the overlay and
+        of the merged model on the batch that was given.
+    """
+
+    params: Params
+    largest_difference: float
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """A parameter-efficient method as a value.
+
+    Attributes:
+      name: for error messages and file names.
+      init, sites, merge: see the module; merge is None where no merged form exists.
+      axes: sharding rules of the delta, paths as in the delta.
+    """
+
+    name: str
+    init: Callable[[jax.Array, Params], Params]
+    sites: Callable[[Params], dict[str, Site]]
+    merge: Callable[[Params, Params], Params] | None = None
+    axes: Rules = ((r".*", ()),)
+
+    def bind(
+        self,
+        model: Model,
+        frozen: Params | None = None,
+        *,
+        trainable: tuple[str, ...] = (r"head/.*",),
+    ) -> Model:
+        """``model`` with this overlay attached.
+
+        Args:
+          frozen: the base's parameters; None = the bound model initialises them too.
+          trainable: paths of the base that train beside the delta; those that match nothing
+            are ignored, so that the default also serves a model without a head.
+
+        Raises:
+          ValueError: ``frozen`` are not the parameters of ``model``.
+        """
+        if model.given is not None:
+            raise ValueError("the model is bound already; compose the overlays instead")
+        if frozen is not None:
+            tree.same_structure(frozen, model.abstract(), ("frozen", "the model"))
+
+        def init(key: jax.Array) -> Params:
+            base_key, delta_key = jax.random.split(key)
+            if frozen is not None:
+                return {OVERLAY: self.init(delta_key, frozen)}
+            base = model.init(base_key)
+            return {BASE: base, OVERLAY: self.init(delta_key, base)}
+
+        def apply(
+            params: Params,
+            batch: Batch,
+            *,
+            sites: Mapping[str, Site] | None = None,
+            masks: Masks | None = None,
+            embeds: jax.Array | None = None,
+            rng: jax.Array | None = None,
+            train: bool = False,
+            all_hidden: bool = False,
+        ) -> ModelOut:
+            ours = self.sites(params[OVERLAY])
+            return model.apply(
+                params[BASE],
+                batch,
+                sites=stack_sites(ours, sites or {}),
+                masks=masks,
+                embeds=embeds,
+                rng=rng,
+                train=train,
+                all_hidden=all_hidden,
+            )
+
+        base_paths = tree.paths(model.abstract())
+        live = [p for p in trainable if any(tree.matches(path, (p,)) for path in base_paths)]
+        given = None if frozen is None else {BASE: frozen}
+        return dataclasses.replace(
+            model,
+            init=init,
+            apply=apply,
+            axes=_prefix(BASE, model.axes) + _prefix(OVERLAY, self.axes),
+            trainable=(rf"{OVERLAY}/.*", *(rf"{BASE}/(?:{p})" for p in live)),
+            parts=None,
+            given=given,
+        )
+
+    def merged(self, model: Model, params: Params, batch: Batch | None = None) -> Merged:
+        """Folds the delta of bound ``params`` into its base, in float32.
+
+        Args:
+          model: the base model (not the bound one).
+          params: parameters of the bound model.
+          batch: where the largest logit difference is taken; None reports NaN.
+
+        Raises:
+          ValueError: this overlay has no merged form.
+        """
+        if self.merge is None:
+            raise ValueError(f"the overlay {self.name!r} has no merged form; keep it attached")
+        folded = self.merge(params[BASE], params[OVERLAY])
+        if batch is None:
+            return Merged(folded, float("nan"))
+
+        @jax.jit
+        def difference(params: Params, folded: Params, batch: Batch) -> jax.Array:
+            attached = model.apply(params[BASE], batch, sites=self.sites(params[OVERLAY]))
+            plain = model.apply(folded, batch)
+            outputs = [o.hidden if o.logits is None else o.logits for o in (attached, plain)]
+            left, right = (o.astype(jnp.float32) for o in outputs)
+            return jnp.abs(left - right).max()
+
+        return Merged(folded, float(difference(params, folded, dict(batch))))
+
+
+def _prefix(root: str, rules: Rules) -> Rules:
+    return tuple((rf"{root}/(?:{pattern})", axes) for pattern, axes in rules)
+
+
+def site_kernel(params: Params, site: str) -> Any:
+    """The stacked kernel [L, d_in, d_out] that the dense layer of ``site`` multiplies by.
+
+    Raises:
+      ValueError: the site is not a dense layer of this model; those that are get listed.
+    """
+    layers = params["layers"]
+    dense = [
+        path.removesuffix("/kernel").replace("/", ".")
+        for path in tree.paths(layers)
+        if path.endswith("/kernel")
+    ]
+    if site not in dense:
+        raise ValueError(f"no dense layer at site {site!r}; there are {', '.join(sorted(dense))}")
+    return tree.get(layers, f"{site.replace('.', '/')}/kernel")

@@ -1,0 +1,395 @@
+"""Pretrained models from and to Hugging Face directories (config.json + safetensors).
+
+``load`` gives a :class:`Model` and its parameters, each leaf placed directly in its shards;
+``save`` writes a directory that ``transformers`` opens with the same logits. What a new
+family takes is in ``steppe.models.families``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from steppe.models import tree, weights
+from steppe.models.encoder import EncoderConfig
+from steppe.models.families import family as family_of
+from steppe.models.families.names import Family, Name
+from steppe.models.heads import HeadConfig
+from steppe.models.model import Model
+from steppe.models.tree import Params
+from steppe.models.weights import Index, Weights
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+class Plan(Protocol):
+    """What ``load`` needs of a mesh plan (see ``steppe.train.mesh``)."""
+
+    def shardings(self, tree: Any) -> Any:
+        """A sharding for every leaf of ``tree``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with its parameters.
+
+    Attributes:
+      model, params: the network and its parameters.
+      source: where they came from.
+      fresh: paths that the files did not hold and that were initialised (a new head).
+      unused: tensors of the files that the model has no place for.
+      labels: names of the classes, when config.json gives them.
+    """
+
+    model: Model
+    params: Params
+    source: Path
+    fresh: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+    labels: tuple[str, ...] | None = None
+
+
+def load(
+    source: str | os.PathLike[str],
+    *,
+    head: str | HeadConfig | None = "auto",
+    num_labels: int | None = None,
+    plan: Plan | None = None,
+    dtype: Any = "float32",
+    key: jax.Array | None = None,
+    **overrides: Any,
+) -> Loaded:
+    """Reads a model.
+
+    Args:
+      source: a directory with config.json and safetensors, or a ``.onnx`` file of a BERT.
+      head: "auto" = the one that the files hold, None = none, or a kind (see ``heads``) or
+        config. A head that the files lack, or hold with other labels, is initialised.
+      num_labels: labels of a head that is asked for by kind; default: those in config.json.
+      plan: places every leaf directly in its shards; default: the default device.
+      dtype: of the floating-point parameters.
+      key: for what is initialised; default ``jax.random.key(0)``.
+      **overrides: fields of the config, such as ``drop=0.0`` or ``remat="full"``.
+
+    Raises:
+      FileNotFoundError: the directory, config.json or the weights are missing.
+      ValueError: an unknown family (the known ones are listed), a damaged file, a tensor
+        that is missing or has another shape (both shapes are named).
+    """
+    path = Path(source).expanduser()
+    key = jax.random.key(0) if key is None else key
+    store: Weights
+    if path.suffix == ".onnx":
+        from steppe.models import onnx_weights
+
+        store, raw = onnx_weights.read_bert(path)
+    else:
+        raw = _read_config(path)
+        store = weights.open_directory(path)
+    family = family_of(str(raw.get("model_type")))
+    names = _strip(family, store.shapes())
+    config = _config(family, raw, names, head, num_labels, path)
+    config = _override(config, overrides)
+    model = config.build()
+
+    abstract = tree.flatten(model.abstract())
+    known = {n.path: n for n in family.names(dataclasses.replace(config, head=None))}
+    if config.head is not None:
+        known.update({n.path: n for n in family.heads[config.head.kind].names})
+    wanted = {p: known[p].tensors(config.layers) for p in abstract}
+    shapes = store.shapes()
+
+    def expected(p: str) -> tuple[int, ...]:
+        return _stored_shape(abstract[p].shape, known[p])
+
+    def found(p: str) -> tuple[int, ...]:
+        return tuple(shapes[names[wanted[p][0]]])
+
+    fresh = [
+        p
+        for p, tensors in wanted.items()
+        if p.startswith(("head/", "pooler/"))
+        and (
+            any(t not in names for t in tensors)
+            # A head that was asked for by hand may have other labels than the file's.
+            or (head != "auto" and p.startswith("head/out/") and found(p) != expected(p))
+        )
+    ]
+    _check(path, shapes, names, wanted, known, abstract, fresh)
+
+    shardings = None if plan is None else tree.flatten(plan.shardings(model.abstract()))
+    dtype = jnp.dtype(dtype)
+    flat: dict[str, jax.Array] = {}
+    for leaf_path, shape in abstract.items():
+        if leaf_path in fresh:
+            continue
+        reader = _Reader(store, [names[t] for t in wanted[leaf_path]], known[leaf_path], dtype)
+        flat[leaf_path] = reader.array(
+            shape.shape, None if shardings is None else shardings[leaf_path]
+        )
+    flat.update(_initialise(model, key, fresh, dtype, shardings))
+    read = {names[t] for p, ts in wanted.items() if p not in fresh for t in ts}
+    return Loaded(
+        model=model,
+        params=tree.unflatten({p: flat[p] for p in abstract}),
+        source=path,
+        fresh=tuple(fresh),
+        unused=tuple(sorted(t for t in shapes if t not in read and not _ignored(family, t))),
+        labels=_labels(raw),
+    )
+
+
+def save(
+    directory: str | os.PathLike[str],
+    model: Model,
+    params: Params,
+    *,
+    labels: Sequence[str] | None = None,
+    tokenizer_dir: str | os.PathLike[str] | None = None,
+    shard_bytes: int = 5 * 2**30,
+) -> Path:
+    """Writes a Hugging Face directory, atomically: a failure leaves nothing behind.
+
+    Args:
+      directory: must not exist, or be empty, or hold an earlier export (which is replaced).
+      labels: names of the classes, written to config.json.
+      tokenizer_dir: its tokenizer files are copied along.
+
+    Raises:
+      FileExistsError: the directory holds files that are not an export.
+      ValueError: the parameters are not those of the model (the first path is named), or
+        the number of labels is not the head's.
+    """
+    config: EncoderConfig = model.config
+    family = family_of(config.family)
+    tree.same_structure(params, model.abstract(), ("params", "the model"))
+    if labels is not None and config.head is not None and len(labels) != config.head.num_labels:
+        raise ValueError(
+            f"labels must name the head's {config.head.num_labels} classes, got {len(labels)}"
+        )
+    flat = tree.flatten(params)
+    tensors: dict[str, np.ndarray] = {}
+    for name in family.names(config):
+        leaf = np.asarray(flat[name.path])
+        parts = leaf if "{}" in name.tensor else leaf[None]
+        for tensor, part in zip(name.tensors(config.layers), parts, strict=True):
+            tensors[tensor] = part.T if name.transposed else part
+    raw = {
+        "architectures": [family.architecture(config)],
+        "model_type": family.name,
+        "dtype": str(next(iter(tensors.values())).dtype),
+        **family.write(config),
+        **_write_head(config.head, labels),
+    }
+    keep = ("config.json", weights.SINGLE, weights.SHARDED, *TOKENIZER_FILES)
+    target = Path(directory)
+    shards = tuple(p.name for p in target.glob("model-*-of-*.safetensors"))
+    with weights.atomic_directory(target, keep + shards) as scratch:
+        weights.write(scratch, tensors, shard_bytes)
+        (scratch / "config.json").write_text(json.dumps(raw, indent=2) + "\n", "utf-8")
+        for file in TOKENIZER_FILES if tokenizer_dir is not None else ():
+            origin = Path(tokenizer_dir) / file  # type: ignore[arg-type]
+            if origin.is_file():
+                (scratch / file).write_bytes(origin.read_bytes())
+    return target
+
+
+class _Reader:
+    """Reads one leaf, or any region of it, from the tensors that make it up."""
+
+    def __init__(self, store: Weights, tensors: list[str], name: Name, dtype: Any) -> None:
+        self._store, self._tensors, self._name, self._dtype = store, tensors, name, dtype
+
+    def array(self, shape: tuple[int, ...], sharding: Any) -> jax.Array:
+        if sharding is None:
+            return jax.device_put(
+                self._region(tuple(slice(0, n) for n in shape), shape), may_alias=True
+            )
+        return jax.make_array_from_callback(
+            shape, sharding, lambda index: self._region(index or (), shape)
+        )
+
+    def _region(self, index: Index, shape: tuple[int, ...]) -> np.ndarray:
+        stacked = "{}" in self._name.tensor
+        bounds = [s.indices(n) for s, n in zip(index, shape, strict=True)]
+        layers = range(*bounds[0]) if stacked else range(1)
+        inner = tuple(slice(*b) for b in (bounds[1:] if stacked else bounds))
+        out = _aligned([len(range(*b)) for b in bounds], self._dtype)
+        for place, layer in enumerate(layers):
+            stored = inner[::-1] if self._name.transposed else inner
+            part = self._store.read(self._tensors[layer], stored)
+            target = out[place] if stacked else out
+            target[...] = part.T if self._name.transposed else part
+        return out
+
+
+def _aligned(shape: Sequence[int], dtype: Any) -> np.ndarray:
+    """An empty array at a multiple of 64 bytes, which the CPU backend takes without a copy."""
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    buffer = np.empty(size + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + size].view(dtype).reshape(shape)
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    if not directory.is_dir():
+        raise FileNotFoundError(f"model folder {directory} does not exist")
+    file = directory / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{directory} holds no config.json; is it a model folder?")
+    try:
+        raw = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON ({error})") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file} must hold an object, got {type(raw).__name__}")
+    return raw
+
+
+def _strip(family: Family, shapes: Mapping[str, Any]) -> dict[str, str]:
+    """Canonical tensor name -> name in the file: no prefix, and today's names of norms."""
+    names = {}
+    for name in shapes:
+        short = name.removeprefix(family.prefix + ".")
+        if short.endswith((".gamma", ".beta")):  # files of 2018-2019
+            stem, _, old = short.rpartition(".")
+            short = f"{stem}.{'weight' if old == 'gamma' else 'bias'}"
+        names[short] = name
+    return names
+
+
+def _config(
+    family: Family,
+    raw: dict[str, Any],
+    names: Mapping[str, str],
+    head: str | HeadConfig | None,
+    num_labels: int | None,
+    path: Path,
+) -> EncoderConfig:
+    try:
+        config = family.read(raw)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    in_file = len(raw.get("id2label", {0: 0, 1: 1}))
+    if head == "auto":
+        architecture = (raw.get("architectures") or [""])[0]
+        head = family.kind_of(architecture, raw)
+        # Encoders are often published under the class they were pretrained as, headless.
+        if head is not None and any(n.tensor not in names for n in family.heads[head].names):
+            head = None
+    if isinstance(head, str):
+        if head in ("classification", "token"):
+            count = in_file if num_labels is None else num_labels
+        else:
+            count = {"span": 2}.get(head, 1)
+        head = family.head(head, count, _head_drop(raw, head, config.drop))
+    pooled = head is None or head.kind in ("classification", "regression")
+    has_pooler = bool(family.pooler) and family.pooler[0].tensor in names
+    pooler = pooled and (family.pooled if head is not None else has_pooler)
+    return dataclasses.replace(config, head=head, pooler=pooler)
+
+
+def _head_drop(raw: Mapping[str, Any], kind: str, default: float) -> float:
+    """Dropout before the output layer, under the names that the families give it."""
+    if kind in ("span", "mlm"):
+        return float(raw.get("qa_dropout", 0.0)) if kind == "span" else 0.0
+    given = raw.get("classifier_dropout", raw.get("seq_classif_dropout"))
+    return default if given is None else float(given)
+
+
+def _override(config: EncoderConfig, overrides: Mapping[str, Any]) -> EncoderConfig:
+    fields = {f.name for f in dataclasses.fields(config)}
+    for name in overrides:
+        if name not in fields:
+            raise ValueError(f"{name!r} is not a setting of the model; it has {sorted(fields)}")
+    return dataclasses.replace(config, **overrides)
+
+
+def _stored_shape(shape: tuple[int, ...], name: Name) -> tuple[int, ...]:
+    inner = shape[1:] if "{}" in name.tensor else shape
+    return inner[::-1] if name.transposed else inner
+
+
+def _check(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    names: Mapping[str, str],
+    wanted: Mapping[str, list[str]],
+    known: Mapping[str, Name],
+    abstract: Mapping[str, Any],
+    fresh: list[str],
+) -> None:
+    """Checks every tensor before the first is read."""
+    for leaf, tensors in wanted.items():
+        if leaf in fresh:
+            continue
+        expected = _stored_shape(abstract[leaf].shape, known[leaf])
+        for tensor in tensors:
+            if tensor not in names:
+                raise ValueError(f"{path} lacks the tensor {tensor!r} (our {leaf!r})")
+            found = tuple(shapes[names[tensor]])
+            if found != expected:
+                raise ValueError(
+                    f"{path}: tensor {tensor!r} (our {leaf!r}) has shape {found}, "
+                    f"but config.json asks for {expected}"
+                )
+
+
+def _initialise(
+    model: Model, key: jax.Array, fresh: Sequence[str], dtype: Any, shardings: Any
+) -> dict[str, jax.Array]:
+    """Initial values of some leaves only: XLA drops the rest of ``init``."""
+    if not fresh:
+        return {}
+
+    def init(key: jax.Array) -> dict[str, jax.Array]:
+        flat = tree.flatten(model.init(key))
+        return {path: flat[path].astype(dtype) for path in fresh}
+
+    out = None if shardings is None else {path: shardings[path] for path in fresh}
+    return jax.jit(init, out_shardings=out)(key)
+
+
+def _ignored(family: Family, tensor: str) -> bool:
+    return tensor.endswith(family.ignored)
+
+
+def _labels(raw: Mapping[str, Any]) -> tuple[str, ...] | None:
+    names = raw.get("id2label")
+    if not isinstance(names, Mapping):
+        return None
+    return tuple(str(names[k]) for k in sorted(names, key=int))
+
+
+def _write_head(head: HeadConfig | None, labels: Sequence[str] | None) -> dict[str, Any]:
+    if head is None or head.kind == "mlm":
+        return {}
+    if head.kind == "span":
+        return {"qa_dropout": head.drop}
+    labels = labels or [f"LABEL_{i}" for i in range(head.num_labels)]
+    out: dict[str, Any] = {
+        "id2label": {str(i): str(name) for i, name in enumerate(labels)},
+        "label2id": {str(name): i for i, name in enumerate(labels)},
+        "classifier_dropout": head.drop,
+        "seq_classif_dropout": head.drop,
+    }
+    if head.kind == "regression":
+        out["problem_type"] = "regression"
+    return out

@@ -1,0 +1,156 @@
+"""Sites: the named places of a network at which an overlay can change what is computed.
+
+A site wraps one computation of the base model. The wrapper receives the computation's input
+and the computation itself, so it can add to the output (LoRA), scale the input or the output
+((IA)^3), run before or after (adapters), or replace it:
+
+  lora:     y = base(x) + (alpha / r) * (x A) B
+  scaling:  y = base(x) * l
+  adapter:  y = base(x); y + up(act(down(y)))
+
+====================  =======================================================================
+site                  wraps
+====================  =======================================================================
+``embed``             word embeddings -> input of the first layer (an ``Inputs`` each side)
+``attn.q|k|v``        hidden [B, T, D] -> projection [B, T, H * Dh]
+``attn.kv_prefix``    hidden [B, T, D] -> (keys, values) in front, [B, P, Hkv, Dh]; P = 0 in
+                      the base model; always visible, at no position
+``attn.o``            context [B, T, H * Dh] -> attention output [B, T, D]
+``ffn.in``            hidden [B, T, D] -> pre-activation [B, T, F]
+``ffn.out``           activation [B, T, F] -> feed-forward output [B, T, D]
+``resid``             a whole layer, hidden -> hidden
+``logits``            input of the head -> logits
+====================  =======================================================================
+
+Sites inside the layers hold their parameters stacked on axis 0, one slice a layer, so that
+they pass through the layer scan. An absent site leaves no trace in the compiled program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+
+OUTER_SITES = ("embed", "logits")
+LAYER_SITES = (
+    "attn.q",
+    "attn.k",
+    "attn.v",
+    "attn.kv_prefix",
+    "attn.o",
+    "ffn.in",
+    "ffn.out",
+    "resid",
+)
+
+
+class SiteContext(NamedTuple):
+    """What a site function may need besides its input.
+
+    Attributes:
+      layer: index of the layer (traced), or None at an outer site.
+      rng: a key of this layer and call, or None when nothing is random.
+      train: whether dropout is on.
+      mask: attention mask as given to the model, [B, T] or [B, T, S], or None.
+      residual: the residual stream that the sublayer's output is about to be added to.
+      norm: the norm that follows the addition (post-norm) or precedes the sublayer
+        (pre-norm); adapters that reuse it call it.
+    """
+
+    layer: jax.Array | None = None
+    rng: jax.Array | None = None
+    train: bool = False
+    mask: jax.Array | None = None
+    residual: jax.Array | None = None
+    norm: Callable[[jax.Array], jax.Array] | None = None
+
+
+SiteFn = Callable[[Any, Any, Callable[[Any], Any], SiteContext], Any]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attached computation.
+
+    Attributes:
+      fn: ``(delta, x, base, context) -> y``; pure. ``base(x)`` is the base model's own
+        computation, or the previously attached one when several share the site.
+      delta: the site's parameters; for a site inside the layers every leaf has a leading
+        axis of size L.
+    """
+
+    fn: SiteFn
+    delta: Any
+
+
+def stack_sites(first: Mapping[str, Site], *others: Mapping[str, Site]) -> dict[str, Site]:
+    """Attaches several overlays at once; at a shared site the later one wraps the earlier."""
+    merged = dict(first)
+    for sites in others:
+        for name, outer in sites.items():
+            merged[name] = _wrap(merged[name], outer) if name in merged else outer
+    return merged
+
+
+def _wrap(inner: Site, outer: Site) -> Site:
+    def fn(delta: Any, x: Any, base: Callable[[Any], Any], context: SiteContext) -> Any:
+        def inner_base(y: Any) -> Any:
+            return inner.fn(delta[0], y, base, context)
+
+        return outer.fn(delta[1], x, inner_base, context)
+
+    return Site(fn, (inner.delta, outer.delta))
+
+
+def check_sites(sites: Mapping[str, Site] | None, known: tuple[str, ...], layers: int) -> None:
+    """Checks names and stacking of ``sites`` once, before anything is traced.
+
+    Raises:
+      ValueError: a site that the model lacks, or a delta whose leading axis is not L.
+    """
+    for name, site in (sites or {}).items():
+        if name not in known:
+            raise ValueError(f"this model has no site {name!r}; its sites are {', '.join(known)}")
+        if name in OUTER_SITES:
+            continue
+        for leaf in jax.tree.leaves(site.delta):
+            if leaf.ndim == 0 or leaf.shape[0] != layers:
+                raise ValueError(
+                    f"site {name!r} needs parameters stacked over the {layers} layers on axis 0, "
+                    f"got shape {tuple(leaf.shape)}"
+                )
+
+
+class Hooks:
+    """The sites of one layer (or the outer ones), with that layer's slice of the deltas."""
+
+    def __init__(
+        self,
+        sites: Mapping[str, Site] | None,
+        deltas: Mapping[str, Any],
+        context: SiteContext,
+    ) -> None:
+        self._fns = {name: sites[name].fn for name in deltas} if sites else {}
+        self._deltas = deltas
+        self._context = context
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._fns
+
+    def __call__(self, name: str, x: Any, base: Callable[[Any], Any], **context: Any) -> Any:
+        """``base(x)``, through the site when one is attached."""
+        fn = self._fns.get(name)
+        if fn is None:
+            return base(x)
+        ctx = self._context
+        if ctx.rng is not None:
+            # One independent stream a site: two overlays must not share dropout masks.
+            ctx = ctx._replace(rng=jax.random.fold_in(ctx.rng, _stream(name)))
+        return fn(self._deltas[name], x, base, ctx._replace(**context))
+
+
+def _stream(name: str) -> int:
+    return 1000 + (*OUTER_SITES, *LAYER_SITES).index(name)

@@ -1,0 +1,100 @@
+"""A stack of equal layers: parameters with a leading layer axis, run by one ``lax.scan``.
+
+Compile time is constant in depth, and everything that differs by layer (parameters, site
+deltas, masks, keys) is one slice of the scan's inputs. A stack can be run in parts,
+``start <= layer < stop``, which is how early exit, late prompts and truncated back-propagation
+are written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from steppe.models.model import Masks
+from steppe.models.sites import OUTER_SITES, Hooks, Site, SiteContext
+
+REMAT = ("dots", "full", "none")
+
+
+def init_stack(init: Callable[[jax.Array], Any], key: jax.Array, layers: int) -> Any:
+    """``layers`` independent initialisations stacked on axis 0 of every leaf."""
+    return jax.vmap(init)(jax.random.split(key, layers))
+
+
+def run_stack(
+    block: Callable[..., jax.Array],
+    params: Any,
+    x: jax.Array,
+    *,
+    layers: int,
+    start: int = 0,
+    stop: int | None = None,
+    sites: Mapping[str, Site] | None = None,
+    masks: Masks | None = None,
+    context: SiteContext | None = None,
+    remat: str = "dots",
+    all_hidden: bool = False,
+) -> jax.Array:
+    """Runs layers ``start <= l < stop`` of a stack.
+
+    Args:
+      block: ``(layer_params, x, *, hooks, head_mask, ffn_mask, layer_mask, rng) -> x``.
+      params: the stacked parameters, all ``layers`` of them.
+      x: input of layer ``start``, [B, T, D].
+      sites: attached overlays; those inside the layers are sliced layer by layer.
+      context: what sites see beside the layer's index and key; ``context.rng`` seeds both.
+      remat: what the backward pass keeps of a layer: "none" = all intermediates, "dots" =
+        outputs of the projections (the rest is cheap to compute again, and on a CPU
+        recomputing is faster than writing it to the scan's buffers), "full" = the input only.
+      all_hidden: return the input and every layer's output, [stop - start + 1, B, T, D].
+
+    Raises:
+      ValueError: the range is not within the stack, or remat is unknown.
+    """
+    stop = layers if stop is None else stop
+    if not 0 <= start <= stop <= layers:
+        raise ValueError(f"layers {start}:{stop} are not within a stack of {layers}")
+    if remat not in REMAT:
+        raise ValueError(f"remat must be one of {', '.join(REMAT)}, got {remat!r}")
+    context = context or SiteContext()
+    masks = masks or Masks()
+    inner = {n: s.delta for n, s in (sites or {}).items() if n not in OUTER_SITES}
+    need_index = bool(inner) or context.rng is not None
+
+    def cut(tree: Any) -> Any:
+        if (start, stop) == (0, layers):
+            return tree
+        return jax.tree.map(lambda a: a[start:stop], tree)
+
+    xs = (cut(params), cut(inner), cut(masks), jnp.arange(start, stop) if need_index else None)
+
+    def body(x: jax.Array, slices: Any) -> tuple[jax.Array, jax.Array | None]:
+        layer_params, deltas, layer_masks, index = slices
+        rng = None if context.rng is None else jax.random.fold_in(context.rng, index)
+        hooks = Hooks(sites, deltas, context._replace(layer=index, rng=rng))
+
+        def run(y: jax.Array) -> jax.Array:
+            return block(
+                layer_params,
+                y,
+                hooks=hooks,
+                head_mask=layer_masks.head,
+                ffn_mask=layer_masks.ffn,
+                layer_mask=layer_masks.layer,
+                rng=rng,
+            )
+
+        y = hooks("resid", x, run)
+        return y, (y if all_hidden else None)
+
+    if remat == "full":
+        body = jax.checkpoint(body, prevent_cse=False)
+    elif remat == "dots":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+    out, every = jax.lax.scan(body, x, xs, length=stop - start)
+    return out if every is None else jnp.concatenate([x[None], every])

@@ -1,0 +1,46 @@
+"""Shared set-up of the test suite: eight fake CPU devices, strict warnings, cached compiles."""
+
+import os
+import tempfile
+from pathlib import Path
+
+# Before jax is imported anywhere: the mesh tests need several devices, and the
+# suite must behave the same on a machine with an accelerator unless asked.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+_flags = os.environ.get("XLA_FLAGS", "")
+if "xla_force_host_platform_device_count" not in _flags:
+    os.environ["XLA_FLAGS"] = f"{_flags} --xla_force_host_platform_device_count=8".strip()
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import jax
+import pytest
+
+# Tests share compiled programs within a run and between runs on one machine.
+jax.config.update(
+    "jax_compilation_cache_dir",
+    os.environ.get("STEPPE_TEST_CACHE", str(Path(tempfile.gettempdir()) / "steppe-test-xla")),
+)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="session")
+def devices() -> list[jax.Device]:
+    """All local devices; eight fake ones on the CPU."""
+    return jax.devices()
+
+
+@pytest.fixture
+def asset():
+    """``asset("minilm-l6")`` gives the folder of a fetched asset, or skips with the cure."""
+
+    def find(name: str) -> Path:
+        from steppe.data import assets
+
+        try:
+            return assets.path(name)
+        except assets.AssetMissing as missing:
+            pytest.skip(str(missing))
+
+    return find
