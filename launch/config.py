@@ -24,7 +24,7 @@ class DataConfig:
     Attributes:
       source: address, such as ``asset:vader/movies``, ``file:reviews.csv``, ``hf:imdb``.
       task: what is predicted.
-      text: column of the text (of the tokens for token tasks, of the question for span).
+      text: column of the text (of the words for token tasks, of the question for span).
       pair: column of the second text (of the context for span).
       label: column of the label.
       classes: names of the classes in order; empty = those found, sorted.

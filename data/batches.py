@@ -1,0 +1,287 @@
+"""Batches in a global order that depends only on (data set, batch size, seed, buckets).
+
+The order of an epoch is a pure function, :meth:`Plan.epoch`: permute the examples, deal them
+to length buckets, cut each bucket into batches, pass what is left over to the next longer
+bucket, pad the last batch of the longest, shuffle the batches. Every example comes exactly
+once an epoch. Batch number n is therefore known without having made the n before it: the
+state of an iterator is one number, resume is exact, and a process among several takes its
+own rows of the same global batches.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Literal, Protocol, runtime_checkable
+
+import numpy as np
+
+from steppe.data.collate import Batch, ShapeReport, bucket_of, collate, resolve_buckets
+from steppe.data.dataset import Dataset
+from steppe.data.errors import DataError
+
+Backend = Literal["numpy", "grain"]
+State = dict[str, int]
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """An iterator over batches that can say where it is and go there.
+
+    Attributes:
+      shapes: all (batch size, length) that it can give, before the split over processes.
+    """
+
+    shapes: frozenset[tuple[int, int]]
+
+    def __iter__(self) -> Iterator[Batch]: ...
+    def __next__(self) -> Batch: ...
+    def get_state(self) -> State:
+        """A few integers: what has been given so far."""
+        ...
+
+    def set_state(self, state: State) -> None:
+        """Continues from a state, bitwise as if never interrupted."""
+        ...
+
+
+class Plan:
+    """Which examples, padded to which length, make each batch.
+
+    Attributes:
+      buckets: padded lengths.
+      steps_per_epoch: batches in one pass; the same in every epoch.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        buckets: Sequence[int] | int | None,
+        seed: int | None,
+    ) -> None:
+        if batch_size < 1:
+            raise DataError(f"batch_size must be >= 1, got {batch_size}")
+        if seed is not None and not 0 <= seed < 2**63:
+            raise DataError(f"seed must be in [0, 2**63), got {seed}")
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.buckets = resolve_buckets(dataset, buckets)
+        self.seed = seed
+        self._bucket = bucket_of(dataset.lengths, self.buckets)
+        # Caching on the instance: lru_cache on the method would keep all plans alive.
+        self.epoch = lru_cache(maxsize=2)(self._epoch)
+        self.steps_per_epoch = len(self.epoch(0)[0])
+
+    @property
+    def shapes(self) -> frozenset[tuple[int, int]]:
+        """All (batch size, length) of a pass."""
+        return frozenset((self.batch_size, int(length)) for length in self.epoch(0)[1])
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Example indices [steps, B] (-1 is padding) and lengths [steps] of one epoch."""
+        order = np.arange(len(self.dataset))
+        generator = None
+        if self.seed is not None:
+            generator = np.random.Generator(
+                np.random.Philox(np.random.SeedSequence((self.seed, epoch)))
+            )
+            order = generator.permutation(order)
+        rows: list[np.ndarray] = []
+        lengths: list[int] = []
+        rest = np.zeros(0, order.dtype)
+        for number, length in enumerate(self.buckets):
+            mine = np.concatenate([rest, order[self._bucket[order] == number]])
+            whole = len(mine) // self.batch_size * self.batch_size
+            rows.append(mine[:whole].reshape(-1, self.batch_size))
+            rest = mine[whole:]
+            if number == len(self.buckets) - 1 and len(rest):
+                last = np.full((1, self.batch_size), -1, order.dtype)
+                last[0, : len(rest)] = rest
+                rows.append(last)
+            lengths += [length] * (sum(map(len, rows)) - len(lengths))
+        table, held = np.concatenate(rows), np.asarray(lengths)
+        # A batch needs no more than the bucket of its longest row (the last one was passed on).
+        need = np.where(table >= 0, self.dataset.lengths[table], 0).max(axis=1)
+        held = np.asarray(self.buckets)[bucket_of(need, self.buckets)]
+        if generator is not None:
+            shuffle = generator.permutation(len(table))
+            table, held = table[shuffle], held[shuffle]
+        return table, held
+
+    def batch(self, number: int, rows: slice) -> Batch:
+        """Batch `number` of the endless sequence, or the given rows of it."""
+        epoch, step = divmod(number, self.steps_per_epoch)
+        table, lengths = self.epoch(epoch)
+        return collate(
+            self.dataset, table[step][rows], int(lengths[step]), seed=self.seed or 0, epoch=epoch
+        )
+
+    def report(self) -> ShapeReport:
+        """Shapes and padding of one pass."""
+        _, lengths = self.epoch(0)
+        values, counts = np.unique(lengths, return_counts=True)
+        shapes = {(self.batch_size, int(v)): int(n) for v, n in zip(values, counts)}
+        padded = int((lengths * self.batch_size).sum())
+        return ShapeReport(shapes, int(self.dataset.lengths.sum()), padded)
+
+
+def train(
+    dataset: Dataset,
+    batch_size: int,
+    *,
+    seed: int,
+    buckets: Sequence[int] | int | None = None,
+    backend: Backend = "numpy",
+    process_index: int = 0,
+    process_count: int = 1,
+) -> TrainBatches:
+    """Endless shuffled batches for training.
+
+    Args:
+      batch_size: global: rows of all processes together.
+      seed: of the order and, for MaskedLM, of the masks.
+      buckets: padded lengths, or how many to choose (default 4), see ``collate``.
+      backend: "numpy" makes a batch when asked; "grain" prefetches on threads. Same batches.
+      process_index, process_count: this process gets the contiguous rows
+        ``[index * B / count, (index + 1) * B / count)`` of every global batch.
+
+    Raises:
+      DataError: bad sizes, an example longer than the longest bucket, or `batch_size` not
+        divisible by `process_count`.
+    """
+    plan = Plan(dataset, batch_size, buckets, seed)
+    rows = _share(batch_size, process_index, process_count)
+    if backend == "grain":
+        from steppe.data.prefetch import GrainBatches
+
+        return GrainBatches(plan, rows)
+    if backend != "numpy":
+        raise DataError(f"backend must be 'numpy' or 'grain', got {backend!r}")
+    return TrainBatches(plan, rows)
+
+
+def evaluate(
+    dataset: Dataset,
+    batch_size: int,
+    *,
+    buckets: Sequence[int] | int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> EvalBatches:
+    """One pass in order of length bucket; the last batch is padded with weight-0 rows.
+
+    Iterating again starts over. ``example_index`` in each batch says which example is where.
+
+    Raises:
+      DataError: as :func:`train`.
+    """
+    plan = Plan(dataset, batch_size, buckets, None)
+    return EvalBatches(plan, _share(batch_size, process_index, process_count))
+
+
+def _share(batch_size: int, index: int, count: int) -> slice:
+    if not 0 <= index < count:
+        raise DataError(f"process_index must be in [0, {count}), got {index}")
+    if batch_size % count:
+        raise DataError(
+            f"batch_size {batch_size} is not divisible by the {count} processes; "
+            f"use {batch_size // count * count or count} or {(batch_size // count + 1) * count}"
+        )
+    rows = batch_size // count
+    return slice(index * rows, (index + 1) * rows)
+
+
+class TrainBatches:
+    """Endless batches; implements :class:`Batches`. Made by :func:`train`."""
+
+    def __init__(self, plan: Plan, rows: slice) -> None:
+        self.plan = plan
+        self.shapes = plan.shapes
+        self.steps_per_epoch = plan.steps_per_epoch
+        self._rows = rows
+        self._next = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        batch = self.plan.batch(self._next, self._rows)
+        self._next += 1
+        return batch
+
+    def get_state(self) -> State:
+        """Batches given so far, and what the order depends on."""
+        return {"batch": self._next, **_identity(self.plan)}
+
+    def set_state(self, state: State) -> None:
+        """Continues after ``state["batch"]`` batches.
+
+        Raises:
+          DataError: the state is of another seed, batch size or data set, so that the order
+            would differ.
+        """
+        self._next = checked(state, self.plan)
+
+
+class EvalBatches:
+    """Batches of one pass; implements :class:`Batches`. Made by :func:`evaluate`."""
+
+    def __init__(self, plan: Plan, rows: slice) -> None:
+        self.plan = plan
+        self.shapes = plan.shapes
+        self._rows = rows
+        self._next = 0
+
+    def __len__(self) -> int:
+        return self.plan.steps_per_epoch
+
+    def __iter__(self) -> Iterator[Batch]:
+        self._next = 0
+        return self
+
+    def __next__(self) -> Batch:
+        if self._next >= len(self):
+            raise StopIteration
+        batch = self.plan.batch(self._next, self._rows)
+        self._next += 1
+        return batch
+
+    def get_state(self) -> State:
+        """Batches given so far, and what the order depends on."""
+        return {"batch": self._next, **_identity(self.plan)}
+
+    def set_state(self, state: State) -> None:
+        """Continues after ``state["batch"]`` batches; raises as :meth:`TrainBatches.set_state`."""
+        self._next = checked(state, self.plan)
+
+
+def _identity(plan: Plan) -> dict[str, int]:
+    """What the order depends on, as integers that are cheap to compare."""
+    fingerprint = zlib.crc32(plan.dataset.lengths.astype("<i8").tobytes())
+    fingerprint = zlib.crc32(np.asarray(plan.buckets, "<i8").tobytes(), fingerprint)
+    return {
+        "seed": -1 if plan.seed is None else plan.seed,
+        "batch_size": plan.batch_size,
+        "examples": len(plan.dataset),
+        "lengths": fingerprint,
+    }
+
+
+def checked(state: State, plan: Plan) -> int:
+    """The position that a state holds, if it was made with the same order.
+
+    Raises:
+      DataError: it was not; names what differs.
+    """
+    for name, value in _identity(plan).items():
+        if state.get(name) != value:
+            what = "lengths or buckets" if name == "lengths" else name
+            raise DataError(
+                f"the saved data state has another {what} ({state.get(name)}, here {value}): the "
+                "order of the batches would differ; resume with the same data and settings"
+            )
+    if state.get("batch", -1) < 0:
+        raise DataError(f"the saved data state has no position 'batch' >= 0: {state}")
+    return state["batch"]

@@ -1,0 +1,111 @@
+"""Encoded examples: ragged token ids in one flat array, labels, and the way back to records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
+
+import numpy as np
+from jaxtyping import Int32, Int64
+
+from steppe.data.errors import DataError
+
+Labels = np.ndarray
+
+
+class Example(TypedDict):
+    """One example, not padded."""
+
+    input_ids: Int32[np.ndarray, " t"]
+    token_type_ids: Int32[np.ndarray, " t"] | None
+    labels: Any
+    label_mask: Any
+    record: int
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Rows of different lengths in one flat array; row i is ``flat[starts[i] : starts[i + 1]]``."""
+
+    flat: np.ndarray
+    starts: Int64[np.ndarray, " n_plus_1"]
+
+    @classmethod
+    def pack(cls, rows: Iterable[Sequence[Any] | np.ndarray], dtype: Any) -> Ragged:
+        """Packs rows; each may also hold tuples of equal length."""
+        held = [np.asarray(row, dtype) for row in rows]
+        starts = np.zeros(len(held) + 1, np.int64)
+        np.cumsum([len(row) for row in held], out=starts[1:])
+        return cls(np.concatenate(held) if held else np.zeros(0, dtype), starts)
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self.flat[self.starts[row] : self.starts[row + 1]]
+
+    @property
+    def lengths(self) -> Int64[np.ndarray, " n"]:
+        """Length of every row."""
+        return np.diff(self.starts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """Encoded examples of one task.
+
+    Attributes:
+      kind: the task's kind.
+      input_ids: token ids, special tokens included, not padded.
+      token_type_ids: 0 or 1 a token; None where the model has no token types.
+      labels: by kind: classification int32 [N]; regression float32 [N]; span int32 [N, 2];
+        token: :class:`Ragged` int32 a token; mlm: None, made with the batch.
+      label_mask: token: :class:`Ragged` 0/1 a token, 1 where a label counts; None elsewhere.
+      record_index: the record that each example comes from (a span record may give several).
+      ids: the records' ids, one an example.
+      records: the records themselves, for reports and text metrics.
+      pad_id: fills the padding of ``input_ids``.
+      cut: number of examples that did not fit in ``max_length`` and were cut.
+      masking: mlm only: makes inputs and labels of a row from (seed, epoch, example index).
+      offsets: span only: (start, end) characters in the context of each token, (0, 0) for
+        tokens that are no context.
+    """
+
+    kind: str
+    input_ids: Ragged
+    labels: Labels | Ragged | None
+    ids: Sequence[str]
+    records: Sequence[dict[str, Any]]
+    record_index: Int64[np.ndarray, " n"]
+    pad_id: int
+    token_type_ids: Ragged | None = None
+    label_mask: Ragged | None = None
+    masking: Any = None
+    offsets: Ragged | None = None
+    cut: int = 0
+    lengths: Int64[np.ndarray, " n"] = field(init=False)
+
+    def __post_init__(self) -> None:
+        if not len(self.input_ids):
+            raise DataError("the data set is empty: no record gave an example")
+        object.__setattr__(self, "lengths", self.input_ids.lengths)
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < len(self):
+            raise IndexError(f"example {index} of {len(self)}")
+        labels = None if self.labels is None else self.labels[index]
+        return {
+            "input_ids": self.input_ids[index],
+            "token_type_ids": None if self.token_type_ids is None else self.token_type_ids[index],
+            "labels": labels,
+            "label_mask": 1.0 if self.label_mask is None else self.label_mask[index],
+            "record": int(self.record_index[index]),
+        }
+
+    def record(self, index: int) -> dict[str, Any]:
+        """The record that an example comes from."""
+        return self.records[int(self.record_index[index])]

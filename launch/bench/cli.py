@@ -1,0 +1,43 @@
+"""``steppe bench NAME``: runs a benchmark and prints its table."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+# name -> (module, config dataclass); imported when asked for.
+BENCHES = {
+    "finetune": ("steppe.launch.bench.finetune", "FinetuneBench"),
+    "compile": ("steppe.launch.bench.compile", "CompileBench"),
+    "load": ("steppe.launch.bench.load", "LoadBench"),
+    "imports": ("steppe.launch.bench.imports", "ImportBench"),
+    "mfu": ("steppe.launch.bench.mfu", "MfuBench"),
+}
+USAGE = f"usage: steppe bench {{{','.join(BENCHES)}}} [options]   (--help lists the options)"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs one benchmark; returns the exit status.
+
+    Raises:
+      ValueError: an unknown benchmark, a setting out of range, or sides that do not agree.
+      WorkerError: a side of a comparison failed.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if argv else 2
+    name, *options = argv
+    if name not in BENCHES:
+        raise ValueError(f"unknown benchmark {name!r}; known: {', '.join(BENCHES)}")
+    import tyro
+    from rich.console import Console
+
+    module: Any = importlib.import_module(BENCHES[name][0])
+    config = tyro.cli(getattr(module, BENCHES[name][1]), args=options, prog=f"steppe bench {name}")
+    console = Console()
+    result = module.run(config, lambda line: console.print(line, highlight=False, markup=False))
+    console.print(module.table(result))
+    if config.out is not None:
+        console.print(f"written to {config.out}", highlight=False, markup=False)
+    return 0

@@ -1,0 +1,174 @@
+"""The command line: ``steppe COMMAND ...``.
+
+Every mistake of the user's ends in one line on stderr and exit status 2, without a traceback
+(``STEPPE_DEBUG=1`` shows it). An interrupted run ends with 130 and says how to resume.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+USAGE = """\
+usage: steppe COMMAND [options]      (steppe COMMAND --help lists the options)
+
+  finetune [RECIPE]   fine-tune a pretrained model, evaluate, report, export
+  evaluate MODEL      evaluate a run or an exported model on any data
+  assets              list, fetch or check real models and data sets
+  report RUN          write the report of a run folder again
+  papers [NAME]       the systems that steppe implements
+  bench NAME          benchmarks: finetune, compile, load, imports, mfu
+  --version           print the versions that matter
+
+recipes: {recipes}
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status (0, 2 for a mistake, 130 when interrupted)."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(args)
+    except KeyboardInterrupt as stop:
+        # The loop raises a subclass whose text says what was saved and how to go on.
+        print(f"steppe: {stop or 'interrupted; nothing was being written'}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except SystemExit as stop:  # the option parser has spoken already
+        code = stop.code
+        return code if isinstance(code, int) else (0 if code is None else 2)
+    except (
+        ValueError,
+        OSError,
+        KeyError,
+        ImportError,
+        NotImplementedError,
+        ArithmeticError,
+    ) as error:
+        if os.environ.get("STEPPE_DEBUG"):
+            raise
+        print(f"steppe: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def _one_line(error: BaseException) -> str:
+    """The message on one line; the class too where the message alone says too little."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    text = " ".join(text.split())
+    return text if len(text.split()) > 2 else f"{type(error).__name__}: {text}"
+
+
+def _dispatch(args: list[str]) -> int:
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "finetune": _finetune,
+        "evaluate": _evaluate,
+        "assets": _assets,
+        "report": _report,
+        "papers": _papers,
+        "bench": _bench,
+    }
+    if not args or args[0] in ("-h", "--help", "help"):
+        from steppe.launch.recipes import RECIPES
+
+        print(USAGE.format(recipes=", ".join(RECIPES)), end="")
+        return 0 if args else 2
+    if args[0] == "--version":
+        from steppe.launch.machine import versions
+
+        print("  ".join(f"{name} {version}" for name, version in versions().items()))
+        return 0
+    command = commands.get(args[0])
+    if command is None:
+        raise ValueError(_unknown("command", args[0], commands))
+    return command(args[1:])
+
+
+def _unknown(what: str, name: str, known: Any) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(name, list(known), 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"unknown {what} {name!r}{hint} (known: {', '.join(known)})"
+
+
+def _parse(kind: Any, args: list[str], prog: str, default: Any = None, doc: str = "") -> Any:
+    import tyro
+
+    options: dict[str, Any] = {} if default is None else {"default": default}
+    return tyro.cli(kind, args=args, prog=f"steppe {prog}", description=doc or None, **options)
+
+
+def _finetune(args: list[str]) -> int:
+    from steppe.launch.config import FinetuneConfig
+    from steppe.launch.recipes import RECIPES
+
+    default, prog = FinetuneConfig(), "finetune"
+    if args and not args[0].startswith("-"):
+        if args[0] not in RECIPES:
+            raise ValueError(_unknown("recipe", args[0], RECIPES))
+        default, prog = RECIPES[args[0]](), f"finetune {args[0]}"
+        args = args[1:]
+    config = _parse(FinetuneConfig, args, prog, default)
+    from steppe.launch import finetune
+
+    finetune.run(config, command=["steppe", *prog.split(), *args])
+    return 0
+
+
+def _evaluate(args: list[str]) -> int:
+    from steppe.launch.config import EvaluateConfig
+
+    # The model stands first, without a flag, as everybody would type it.
+    if args and not args[0].startswith("-"):
+        args = ["--model", *args]
+    config = _parse(EvaluateConfig, args, "evaluate")
+    from steppe.launch import evaluation
+
+    evaluation.run(config)
+    return 0
+
+
+def _assets(args: list[str]) -> int:
+    from steppe.launch import assets
+
+    return assets.main(args)
+
+
+def _report(args: list[str]) -> int:
+    from pathlib import Path
+
+    if len(args) != 1 or args[0].startswith("-"):
+        wants_help = bool(args) and args[0] in ("-h", "--help")
+        print("usage: steppe report RUN      writes RUN/report.html from what the run left")
+        return 0 if wants_help else 2
+    from rich.console import Console
+
+    from steppe.launch import report
+
+    run = Path(args[0])
+    if not run.is_dir():
+        raise FileNotFoundError(f"run folder {run} does not exist")
+    file = report.write(run)
+    Console().print(report.summary(run))
+    print(file)
+    return 0
+
+
+def _papers(args: list[str]) -> int:
+    from steppe.launch import papers
+
+    return papers.main(args)
+
+
+def _bench(args: list[str]) -> int:
+    from steppe.launch.bench import cli
+
+    return cli.main(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""``steppe finetune --dry-run``: the resolved settings and what the run would need."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jax
+
+from steppe.launch import config as config_
+from steppe.launch import estimate, setup
+from steppe.launch.pieces import Pieces
+from steppe.train import step
+
+
+def show(pieces: Pieces) -> dict[str, Any]:
+    """Prints the settings, parameter count, memory per device and FLOPs of a step.
+
+    The largest shape of batch counts. Nothing is written and no state is allocated.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    config = pieces.config
+    length = setup.buckets(config.data)[-1]
+    state = step.abstract(
+        pieces.model,
+        pieces.tx,
+        pieces.plan,
+        params=pieces.model.abstract(),
+        trainable=pieces.trainable,
+        ema=config.ema or None,
+    )
+    rows = config.batch_size
+    shapes = estimate.batch_shapes(
+        pieces.data.task.kind, rows, length, pieces.data.tokenizer.has_token_types
+    )
+    batch = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=pieces.plan.rows())
+        for name, leaf in shapes.items()
+    }
+    found = estimate.estimate(pieces.train, state, batch)
+    found["model_flops"] = estimate.model_flops(pieces.loaded.model.config, rows, length)
+    found["steps"] = pieces.steps
+    found["shapes"] = sorted(pieces.batches.shapes)
+
+    console = Console()
+    console.print_json(json.dumps(config_.to_dict(config)))
+    table = Table(box=None, show_header=False)
+    table.add_row("parameters", f"{found['parameters']:,}")
+    table.add_row("trainable", f"{found['trainable']:,}")
+    if "peak_bytes" in found:
+        table.add_row("state per device", _mib(found["state_bytes"]))
+        table.add_row(f"peak per device, batch {rows} x {length}", _mib(found["peak_bytes"]))
+    table.add_row("FLOPs a step, matmuls", f"{found['model_flops']:.3e}")
+    table.add_row("shapes of batches", ", ".join(f"{b} x {t}" for b, t in found["shapes"]))
+    table.add_row("steps", f"{pieces.steps}  ({pieces.epoch} an epoch)")
+    for name, count in pieces.data.counts().items():
+        table.add_row(f"examples, {name}", f"{count:,}")
+    console.print(table)
+    return found
+
+
+def _mib(size: float) -> str:
+    return f"{size / 2**20:,.0f} MiB"

@@ -1,0 +1,125 @@
+"""What a run leaves behind: results, predictions, the exported model. Written atomically."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from steppe.train import evaluate
+
+# Metric shown first, by task kind.
+HEADLINE = {
+    "classification": "accuracy",
+    "regression": "pearson",
+    "token": "f1",
+    "span": "f1",
+    "mlm": "perplexity",
+}
+
+
+def write_text(file: Path, text: str) -> Path:
+    """Writes a file by one rename: a kill or a full disk leaves the old one whole."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        os.chmod(name, 0o644)
+        os.replace(name, file)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    return file
+
+
+def write_json(file: Path, value: Any) -> Path:
+    """Writes a JSON file; NaN and infinities become null, which JSON can hold."""
+    return write_text(file, json.dumps(_finite(value), indent=2, ensure_ascii=False) + "\n")
+
+
+def write_predictions(file: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
+    """Writes one JSON object a line."""
+    lines = (json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in rows)
+    return write_text(file, "".join(lines))
+
+
+def predictions(result: evaluate.EvalResult, dataset: Any, config: Any) -> list[dict[str, Any]]:
+    """Rows of predictions.jsonl, worst first.
+
+    Args:
+      result: of an evaluation of ``dataset``.
+      config: the data settings; they say which column is the text.
+    """
+    losses = np.nan_to_num(result.losses, nan=-1.0)
+    rows = []
+    for place in np.argsort(-losses, kind="stable"):
+        record = dataset.record(int(result.index[place]))
+        row: dict[str, Any] = {"id": record["id"], "loss": float(result.losses[place])}
+        row.update(_outcome(result, int(place), record, config))
+        rows.append(row)
+    return rows
+
+
+def interval(result: evaluate.EvalResult, kind: str) -> dict[str, tuple[float, float]]:
+    """Bootstrap interval (95%, over examples, seed 0) of the metric that stands first."""
+    if kind != "classification":
+        return {}
+    known = result.labelled
+    found = evaluate.bootstrap(
+        evaluate.accuracy, np.asarray(result.predictions)[known], np.asarray(result.labels)[known]
+    )
+    return {"accuracy": (found.low, found.high)}
+
+
+def _outcome(
+    result: evaluate.EvalResult, place: int, record: Mapping[str, Any], config: Any
+) -> dict[str, Any]:
+    names = result.label_names
+    if result.kind == "classification":
+        return {
+            "text": _text(record, config),
+            "label": names[int(result.labels[place])],
+            "prediction": names[int(result.predictions[place])],
+            "probs": [float(p) for p in result.probs[place]],
+        }
+    if result.kind == "regression":
+        return {
+            "text": _text(record, config),
+            "label": float(result.labels[place]),
+            "prediction": float(result.predictions[place]),
+        }
+    if result.kind == "token":
+        pairs = zip(result.labels[place], result.predictions[place], strict=True)
+        tagged = [(names[int(y)], names[int(z)]) for y, z in pairs]
+        words = record[config.text][: len(tagged)]
+        return {"tokens": [[w, y, z] for w, (y, z) in zip(words, tagged, strict=True)]}
+    return {
+        "text": _text(record, config),
+        "label": np.asarray(result.labels[place]).tolist(),
+        "prediction": np.asarray(result.predictions[place]).tolist(),
+    }
+
+
+def _text(record: Mapping[str, Any], config: Any) -> str:
+    text = str(record.get(config.text, ""))
+    second = record.get(config.pair)
+    return f"{text} | {second}" if isinstance(second, str) else text
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
