@@ -172,7 +172,8 @@ def evaluate(
 ) -> EvalBatches:
     """One pass in order of length bucket; the last batch is padded with weight-0 rows.
 
-    Iterating again starts over. ``example_index`` in each batch says which example is where.
+    ``for`` starts over each time; after ``set_state`` go on with ``next``. ``example_index`` in
+    each batch says which example is where.
 
     Raises:
       DataError: as :func:`train`.

@@ -6,30 +6,17 @@ gets the BERT pipeline that its ``tokenizer_config.json`` describes.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
+from steppe.data import tokenizer_files
 from steppe.data.errors import DataError, listing
+from steppe.data.tokenizer_files import Special
 
 if TYPE_CHECKING:
     import tokenizers
-
-# What a model's directory may hold about its tokenizer; copied when a model is exported.
-FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-)
-
-# Position ids of these families start after the padding id, so fewer positions are usable.
-_OFFSET_FAMILIES = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer")
 
 
 class Encoding(TypedDict):
@@ -47,25 +34,6 @@ class Encoding(TypedDict):
     offsets: list[tuple[int, int]]
     sequence_ids: list[int | None]
     cut: bool
-
-
-class Special(NamedTuple):
-    """Ids of the special tokens; -1 where the vocabulary has none."""
-
-    pad: int
-    cls: int
-    sep: int
-    mask: int
-    unk: int
-
-
-_NAMES = {
-    "pad": ("[PAD]", "<pad>"),
-    "cls": ("[CLS]", "<s>"),
-    "sep": ("[SEP]", "</s>"),
-    "mask": ("[MASK]", "<mask>"),
-    "unk": ("[UNK]", "<unk>"),
-}
 
 
 class Tokenizer:
@@ -107,8 +75,8 @@ class Tokenizer:
         folder = Path(path).expanduser()
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such directory (tokenizer files wanted)")
-        settings = _json(folder / "tokenizer_config.json")
-        config = _json(folder / "config.json")
+        settings = tokenizer_files.settings(folder / "tokenizer_config.json")
+        config = tokenizer_files.settings(folder / "config.json")
         if (folder / "tokenizer.json").is_file():
             import tokenizers
 
@@ -117,7 +85,7 @@ class Tokenizer:
             except Exception as error:  # the Rust side raises bare Exception
                 raise DataError(f"{folder / 'tokenizer.json'}: damaged ({error})") from error
         elif (folder / "vocab.txt").is_file():
-            backend = wordpiece(
+            backend = tokenizer_files.wordpiece(
                 folder / "vocab.txt",
                 lowercase=bool(settings.get("do_lower_case", True)),
                 strip_accents=settings.get("strip_accents"),
@@ -128,13 +96,15 @@ class Tokenizer:
                 f"{folder}: holds neither tokenizer.json nor vocab.txt, only {held}; "
                 "give the directory of a model with its tokenizer"
             )
-        named = {**settings, **_json(folder / "special_tokens_map.json")}
-        special = Special(*(_special_id(backend, named, key) for key in Special._fields))
+        named = {**settings, **tokenizer_files.settings(folder / "special_tokens_map.json")}
+        special = Special(
+            *(tokenizer_files.special_id(backend, named, key) for key in Special._fields)
+        )
         return cls(
             backend,
             special=special,
-            has_token_types=_token_types(backend, config, settings),
-            max_positions=_positions(config, settings),
+            has_token_types=tokenizer_files.token_types(backend, config, settings),
+            max_positions=tokenizer_files.positions(config, settings),
             source=folder,
         )
 
@@ -257,48 +227,11 @@ class Tokenizer:
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         if self.source is not None and self.source.resolve() != target.resolve():
-            for name in FILES:
+            for name in tokenizer_files.FILES:
                 if (self.source / name).is_file():
                     shutil.copyfile(self.source / name, target / name)
         if not (target / "tokenizer.json").exists():
             self._backend.save(str(target / "tokenizer.json"))
-
-
-def wordpiece(
-    vocabulary: Path, *, lowercase: bool = True, strip_accents: bool | None = None
-) -> tokenizers.Tokenizer:
-    """The BERT pipeline over a ``vocab.txt``, one token a line.
-
-    Raises:
-      DataError: not UTF-8, or [UNK], [CLS] or [SEP] is missing.
-    """
-    import tokenizers
-    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
-
-    from steppe.data import files
-
-    lines = files.text(vocabulary).split("\n")
-    words = [line.rstrip("\r") for line in lines]
-    ids = {word: number for number, word in enumerate(words) if word}
-    missing = [word for word in ("[UNK]", "[CLS]", "[SEP]") if word not in ids]
-    if missing:
-        raise DataError(f"{vocabulary}: not a WordPiece vocabulary, it lacks {listing(missing)}")
-    backend = tokenizers.Tokenizer(models.WordPiece(ids, unk_token="[UNK]"))
-    backend.normalizer = normalizers.BertNormalizer(
-        clean_text=True,
-        handle_chinese_chars=True,
-        strip_accents=strip_accents,
-        lowercase=lowercase,
-    )
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    ends = [("[CLS]", ids["[CLS]"]), ("[SEP]", ids["[SEP]"])]
-    backend.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ends
-    )
-    backend.decoder = decoders.WordPiece()
-    names = [name for pair in _NAMES.values() for name in pair if name in ids]
-    backend.add_special_tokens(names)
-    return backend
 
 
 def _plain(encoding: tokenizers.Encoding) -> Encoding:
@@ -309,48 +242,3 @@ def _plain(encoding: tokenizers.Encoding) -> Encoding:
         "sequence_ids": encoding.sequence_ids,
         "cut": bool(encoding.overflowing),
     }
-
-
-def _json(path: Path) -> dict[str, Any]:
-    from steppe.data import files
-
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(files.text(path))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: damaged JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: must hold a JSON object")
-    return value
-
-
-def _special_id(backend: tokenizers.Tokenizer, named: dict[str, Any], key: str) -> int:
-    own = named.get(f"{key}_token")
-    text = own.get("content") if isinstance(own, dict) else own
-    for candidate in (text, *_NAMES[key]):
-        number = backend.token_to_id(candidate) if candidate else None
-        if number is not None:
-            return int(number)
-    return -1
-
-
-def _token_types(
-    backend: tokenizers.Tokenizer, config: dict[str, Any], settings: dict[str, Any]
-) -> bool:
-    """Whether the model wants token types: its config knows best, then its tokenizer's."""
-    if config:
-        return int(config.get("type_vocab_size") or 0) > 1
-    if "model_input_names" in settings:
-        return "token_type_ids" in settings["model_input_names"]
-    return 1 in backend.encode("a", "b").type_ids
-
-
-def _positions(config: dict[str, Any], settings: dict[str, Any]) -> int | None:
-    held = config.get("max_position_embeddings")
-    if held is not None:
-        first = int(config.get("pad_token_id") or 0) + 1
-        return int(held) - (first if config.get("model_type") in _OFFSET_FAMILIES else 0)
-    told = settings.get("model_max_length")
-    # transformers writes 1e30 for "unknown".
-    return int(told) if isinstance(told, int) and told < 1_000_000 else None

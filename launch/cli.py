@@ -95,11 +95,30 @@ def _unknown(what: str, name: str, known: Any) -> str:
     return f"unknown {what} {name!r}{hint} (known: {', '.join(known)})"
 
 
-def _parse(kind: Any, args: list[str], prog: str, default: Any = None, doc: str = "") -> Any:
+def _parse(kind: Any, args: list[str], prog: str, default: Any = None) -> Any:
+    import contextlib
+    import io
+    import re
+
     import tyro
 
     options: dict[str, Any] = {} if default is None else {"default": default}
-    return tyro.cli(kind, args=args, prog=f"steppe {prog}", description=doc or None, **options)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, args=args, prog=f"steppe {prog}", **options)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        # The parser draws a box of several lines; a mistake gets one line here.
+        lines = [
+            re.sub(r"[^\w\s\-.,:;'\"=()\[\]{}/|<>+*]", "", x) for x in said.getvalue().split("\n")
+        ]
+        words = " ".join(" ".join(x.strip(" |-") for x in lines).split())
+        words = re.sub(
+            r"^(Parsing error|Unrecognized options|Value error|Required options)\s+", "", words
+        ).split(" For full helptext")[0]
+        raise ValueError(f"{words}; `steppe {prog} --help` lists the options") from None
 
 
 def _finetune(args: list[str]) -> int:

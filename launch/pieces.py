@@ -100,6 +100,7 @@ def build(config: FinetuneConfig) -> Pieces:
             sites=config.lora.sites,
             drop=config.lora.drop,
         )
+        jax.eval_shape(overlay.init, jax.random.key(0), model.abstract())  # bad ranks end here
         model = overlay.bind(model, frozen=loaded.params)
         plan = dataclasses.replace(plan, rules=tuple(model.axes))
     batches = batches_.train(

@@ -26,7 +26,7 @@ def vader_score() -> FinetuneConfig:
     return FinetuneConfig(
         out="runs/vader-score",
         data=DataConfig(
-            source="asset:vader/movies",
+            source="asset:vader/movies-scores",
             task="regression",
             label="score",
             max_length=64,

@@ -97,7 +97,10 @@ def task(config: DataConfig, found: list[dict[str, Any]]) -> Any:
         second = config.pair if paired else None
         return tasks.Regression(text=config.text, target=config.label, second=second)
     if config.task == "token":
-        return tasks.TokenClassification.from_records(found, **_token_options(config, found))
+        options = _token_options(config, found)
+        if names:
+            return tasks.TokenClassification(labels=names, **options)
+        return tasks.TokenClassification.from_records(found, **options)
     if config.task == "span":
         return tasks.SpanQA(question=config.text, context=config.pair, answers=config.label)
     return tasks.MaskedLM(text=config.text)
@@ -123,17 +126,9 @@ def prepare(config: DataConfig, tokenizer_dir: Path, max_positions: int, vocab_s
       ValueError: max_length above the model's positions, a tokenizer with ids that the model
         has no embedding for; and whatever is wrong with the data, naming the row.
     """
-    if config.max_length > max_positions:
-        raise ValueError(
-            f"data.max_length={config.max_length} is longer than the model's {max_positions} "
-            "positions; lower it"
-        )
+    check_fit(config, max_positions)
     tokenizer = Tokenizer.from_dir(tokenizer_dir)
-    if tokenizer.vocab_size > vocab_size:
-        raise ValueError(
-            f"the tokenizer in {tokenizer_dir} has {tokenizer.vocab_size} tokens but the model "
-            f"embeds {vocab_size}; they do not belong together"
-        )
+    check_vocabulary(tokenizer, vocab_size, tokenizer_dir)
     found = records(config)
     made = task(config, found)
     encoded = {
@@ -141,6 +136,24 @@ def prepare(config: DataConfig, tokenizer_dir: Path, max_positions: int, vocab_s
         for name, rows in divide(config, found).items()
     }
     return Data(made, tokenizer, encoded, config.source, licence(config.source))
+
+
+def check_fit(config: DataConfig, max_positions: int) -> None:
+    """Raises ValueError where ``max_length`` is beyond the model's positions."""
+    if config.max_length > max_positions:
+        raise ValueError(
+            f"data.max_length={config.max_length} is longer than the model's {max_positions} "
+            "positions; lower it"
+        )
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, folder: Path) -> None:
+    """Raises ValueError where the tokenizer knows ids that the model does not embed."""
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens but the model embeds "
+            f"{vocab_size}; they do not belong together"
+        )
 
 
 def licence(address: str) -> str:

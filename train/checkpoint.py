@@ -2,21 +2,24 @@
 
 The only file that knows Orbax (its v1 interface). A checkpoint appears by one rename after it
 has been written whole, so a kill or a full disk leaves the earlier ones as they were. Frozen
-parameters are not written again with every checkpoint: the manifest holds their fingerprint,
+parameters are not written again with every checkpoint: its metadata hold their fingerprint,
 and a resume on another base is refused.
 
-Layout: ``DIR/manifest.json``, ``DIR/<step>/``.
+Layout: ``DIR/manifest.json`` (what the run is), ``DIR/<step>/`` (Orbax; leaves by path, and
+the shape and dtype of each in its metadata).
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import math
 import os
+import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +27,33 @@ import jax
 import jax.numpy as jnp
 
 from steppe.models import tree
+from steppe.train.mesh import path_of
 from steppe.train.types import TrainState
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+# Orbax writes this file last, inside the directory that it then renames.
+COMMITTED = "_CHECKPOINT_METADATA"
+PARTIAL = ".orbax-checkpoint-tmp"
+DELETING = ".deleting-"
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used here; the message says why and what to do."""
 
 
+class SaveFailed(OSError):
+    """A checkpoint could not be written; the earlier ones stand."""
+
+
 class Checkpoints:
-    """The checkpoints of one run.
+    """The checkpoints of one run. Nothing is made or changed on disk before the first save.
 
     Args:
       directory: made if need be.
       keep: how many of the newest to keep.
       manifest: JSON values that must be the same when the run is resumed (the config, the
-        base's fingerprint); written with the first checkpoint.
+        name of the base); written with the first checkpoint.
 
     Raises:
       CheckpointError: the directory's manifest differs from ``manifest``; names the first
@@ -61,26 +73,21 @@ class Checkpoints:
         self.directory = Path(directory).absolute()
         self._manifest = {"format": FORMAT, **json.loads(json.dumps(dict(manifest or {})))}
         self._check_manifest()
-        self.directory.mkdir(parents=True, exist_ok=True)
         self._keep = keep
-        self._pending: Any = None
-        self._orbax = self._open()
-
-    def _open(self) -> Any:
-        from orbax.checkpoint.experimental import v1
-
-        # Orbax reports every file that it opens; a run's terminal is for the run.
-        logging.getLogger("absl").setLevel(logging.ERROR)
-        return v1.training.Checkpointer(
-            self.directory,
-            preservation_policy=v1.training.preservation_policies.LatestN(self._keep),
-            cleanup_tmp_directories=True,
-        )
+        self._pending: tuple[int, Any] | None = None
+        self._opened = False
+        self._base: tuple[Any, str] = ({}, "")
 
     @property
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""
-        return sorted(c.step for c in self._orbax.checkpoints)
+        if not self.directory.is_dir():
+            return []
+        return sorted(
+            int(entry.name)
+            for entry in self.directory.iterdir()
+            if entry.name.isdigit() and (entry / COMMITTED).is_file()
+        )
 
     @property
     def latest(self) -> int | None:
@@ -88,32 +95,41 @@ class Checkpoints:
         return max(self.steps, default=None)
 
     def save(
-        self, state: TrainState, data: Mapping[str, int] | None = None, *, wait: bool = False
+        self, state: TrainState, data: Mapping[str, Any] | None = None, *, wait: bool = False
     ) -> int:
         """Writes ``state`` (frozen parameters apart) and the data iterator's state.
 
-        The write goes on in the background while training continues; its failure is raised
-        by the next call of ``save`` or ``wait``.
+        The state may be donated as soon as this returns: the write goes on in the background
+        while training continues. Its failure is raised by the next ``save`` or ``wait``.
+
+        Args:
+          state: what to write; a step that is there already is not written again.
+          data: JSON values, as ``batches.get_state()`` gives them.
+          wait: return only when the checkpoint is complete.
 
         Returns:
           The step under which it is kept.
 
         Raises:
-          OSError: this or the previous write failed (disk full); earlier checkpoints stand.
+          SaveFailed: this or the previous write failed (disk full); earlier checkpoints stand.
         """
         self.wait()
         step = int(state.step)
         if step in self.steps:
             return step
-        self._write_manifest()
-        tree_ = _stored(state)
-        # The next step may reuse the memory of the state (donation), and on the CPU a host
-        # view of an array *is* that memory: write from a copy.
-        tree_ = jax.tree.map(jnp.copy, tree_)
-        with _plain_errors(self.directory):
-            self._pending = self._orbax.save_async(
-                step, tree_, force=True, custom_metadata={"data": dict(data or {})}
+        leaves = _stored(state)
+        meta = {
+            "data": dict(data or {}),
+            "base": self._fingerprint(state.frozen),
+            "layout": {path: _describe(leaf) for path, leaf in leaves.items()},
+        }
+        written = {path: leaf for path, leaf in leaves.items() if math.prod(leaf.shape)}
+        with self._failures(step):
+            self._open()
+            response = _orbax().save_checkpointables_async(
+                self.directory / str(step), {"state": written}, custom_metadata=meta
             )
+        self._pending = (step, response)
         if wait:
             self.wait()
         return step
@@ -122,77 +138,110 @@ class Checkpoints:
         """Blocks until the write in the background is complete.
 
         Raises:
-          OSError: it failed.
+          SaveFailed: it failed.
         """
         pending, self._pending = self._pending, None
-        if pending is not None:
-            with _plain_errors(self.directory):
-                pending.result()
-                self._orbax.wait()
+        if pending is None:
+            return
+        step, response = pending
+        with self._failures(step):
+            response.result()
+        if jax.process_index() == 0:
+            for old in self.steps[: -self._keep]:
+                _remove(self.directory / str(old))
 
-    def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, int]]:
-        """Reads a checkpoint onto the devices and shardings of ``like``.
+    def restore(
+        self, like: TrainState, step: int | None = None
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """Reads a checkpoint straight onto the devices and shardings of ``like``.
 
         Args:
-          like: a state of the same run, arrays or abstract, on any mesh; its ``frozen`` is
-            taken over.
+          like: a state of the same run, arrays or abstract (``step.abstract``), on any mesh;
+            its ``frozen``, which must be arrays, is taken over.
           step: which one; None = the newest.
 
         Returns:
           (state, data iterator's state).
 
         Raises:
-          CheckpointError: there is none, it is damaged, or its leaves differ from ``like``.
+          CheckpointError: there is none, it is damaged, its leaves differ from ``like``, or
+            the frozen parameters are not those it was trained on.
         """
-        step = self.latest if step is None else step
-        if step is None or step not in self.steps:
-            there = ", ".join(map(str, self.steps)) or "none"
-            raise CheckpointError(f"no checkpoint of step {step} in {self.directory} ({there})")
-        wanted = _stored(like)
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)),
-            wanted,
-        )
-        self._check_leaves(step, abstract)
-        try:
-            found = self._orbax.load(step, abstract)
-            data = self._orbax.metadata(step).custom_metadata or {}
-        except Exception as error:
-            first = " ".join(str(error).split())[:300]
+        self.wait()
+        there = self.steps
+        step = max(there, default=None) if step is None else step
+        if step is None or step not in there:
+            known = ", ".join(map(str, there)) or "none"
+            wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
+            raise CheckpointError(f"no {wanted} in {self.directory}; steps there: {known}")
+        leaves = _stored(like)
+        file = self.directory / str(step)
+        with _readable(file):
+            meta = dict(_orbax().metadata(file, checkpointable_name="state").custom_metadata)
+            layout, base, data = meta["layout"], meta["base"], meta["data"]
+        for path in (*leaves, *layout):
+            want = _describe(leaves[path]) if path in leaves else "nothing"
+            if layout.get(path, "nothing") != want:
+                held = layout.get(path, "nothing")
+                raise CheckpointError(
+                    f"{file} holds {held} at {path!r}, this run needs {want}: "
+                    "resume with the model and optimiser that it was saved with"
+                )
+        if self._fingerprint(like.frozen) != base:
             raise CheckpointError(
-                f"checkpoint {self.directory / str(step)} cannot be read ({first}); "
-                f"remove it to use the one before"
-            ) from error
-        rng = jax.random.wrap_key_data(found["rng"], impl=jax.random.key_impl(like.rng))
-        state = TrainState(
-            step=found["step"],
-            params=found["params"],
-            frozen=like.frozen,
-            opt_state=jax.tree.unflatten(
-                jax.tree.structure(like.opt_state), jax.tree.leaves(found["opt_state"])
-            ),
-            extra=found["extra"],
-            rng=rng,
-        )
-        return state, {k: int(v) for k, v in data.get("data", {}).items()}
+                f"{file} was trained on other frozen parameters (fingerprint {base!r}, here "
+                f"{self._fingerprint(like.frozen)!r}): load the same base to resume"
+            )
+        abstract = {p: _abstract(leaf) for p, leaf in leaves.items() if math.prod(leaf.shape)}
+        with _readable(file):
+            found = _orbax().load(file, abstract, checkpointable_name="state")
+        return _unstored(like, found), data
 
     def close(self) -> None:
-        """Waits for the write in the background and lets go of the directory."""
-        try:
-            self.wait()
-        finally:
-            self._orbax.close()
+        """Waits for the write in the background."""
+        self.wait()
 
-    def _check_leaves(self, step: int, abstract: Any) -> None:
-        stored = self._orbax.metadata(step).metadata
-        have = {_name(k): tuple(v.shape) for k, v in _paths(stored) if hasattr(v, "shape")}
-        want = {_name(k): tuple(v.shape) for k, v in _paths(abstract)}
-        for path in (*want, *have):
-            if have.get(path) != want.get(path):
-                raise CheckpointError(
-                    f"checkpoint {self.directory / str(step)} holds {path!r} of shape "
-                    f"{have.get(path, 'none')}, the run needs {want.get(path, 'none')}"
-                )
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.close()
+
+    def _open(self) -> None:
+        """At the first save: makes the directory, drops what a killed run left half done."""
+        if self._opened:
+            return
+        self._opened = True
+        if jax.process_index() != 0:
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for entry in self.directory.iterdir():
+            if PARTIAL in entry.name or entry.name.startswith(DELETING):
+                shutil.rmtree(entry, ignore_errors=True)
+        file = self.directory / MANIFEST
+        if not file.exists():
+            write_json(file, self._manifest)
+
+    @contextlib.contextmanager
+    def _failures(self, step: int) -> Iterator[None]:
+        """Turns what Orbax and its file layer raise on a failed write into SaveFailed."""
+        try:
+            yield
+        except Exception as error:
+            if self.directory.is_dir() and jax.process_index() == 0:
+                for entry in self.directory.glob(f"{step}{PARTIAL}*"):
+                    shutil.rmtree(entry, ignore_errors=True)
+            left = "no earlier one exists" if self.latest is None else f"step {self.latest} stands"
+            raise SaveFailed(
+                f"checkpoint {step} could not be written to {self.directory}; {left}. Free some "
+                f"space and resume ({_one_line(error)})"
+            ) from error
+
+    def _fingerprint(self, frozen: Any) -> str:
+        # The step hands the same frozen tree on from state to state, so this is done once.
+        if self._base[0] is not frozen:
+            self._base = (frozen, fingerprint(frozen) if jax.tree.leaves(frozen) else "")
+        return self._base[1]
 
     def _check_manifest(self) -> None:
         file = self.directory / MANIFEST
@@ -209,16 +258,6 @@ class Checkpoints:
                 f"the checkpoints in {self.directory} are of another run: {path} was {old!r}, "
                 f"now it is {new!r}; resume with the old value or choose a new folder"
             )
-
-    def _write_manifest(self) -> None:
-        file = self.directory / MANIFEST
-        if file.exists() or jax.process_index() != 0:
-            return
-        with tempfile.NamedTemporaryFile(
-            "w", dir=self.directory, prefix=".manifest", delete=False, encoding="utf-8"
-        ) as stream:
-            json.dump(self._manifest, stream, indent=2)
-        os.replace(stream.name, file)
 
 
 def first_difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:
@@ -239,76 +278,141 @@ def fingerprint(params: Any) -> str:
     """A short hash of a tree's paths, shapes, dtypes and bits, without moving it to the host.
 
     Equal trees have equal fingerprints on any mesh. It guards against mistakes, not attacks.
+
+    Raises:
+      ValueError: a leaf is not an array (an abstract shape has no bits).
     """
-    flat = {p: leaf for p, leaf in tree.flatten(params).items() if math.prod(leaf.shape)}
-
-    @jax.jit
-    def sums(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        def one(leaf: jax.Array) -> jax.Array:
-            bits = jax.lax.bitcast_convert_type(
-                leaf, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
-            ).astype(jnp.uint32)
-            # The place of every entry counts: each axis weighs in with its own odd numbers.
-            for axis, size in enumerate(bits.shape):
-                places = jnp.arange(size, dtype=jnp.uint32) * jnp.uint32(2654435761)
-                shape = [1] * bits.ndim
-                shape[axis] = size
-                bits = (bits ^ places.reshape(shape)) * jnp.uint32(2246822519)
-                bits = bits ^ (bits >> 15)
-            return bits.sum(dtype=jnp.uint32)
-
-        return {path: one(leaf) for path, leaf in leaves.items()}
-
+    flat = tree.flatten(params)
+    for path, leaf in flat.items():
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise ValueError(f"the parameter at {path!r} is a shape; give the loaded array")
+    sums = _sums({path: leaf for path, leaf in flat.items() if math.prod(leaf.shape)})
     digest = hashlib.sha256()
-    for path, value in sorted(jax.device_get(sums(flat)).items()):
+    for path, value in sorted(jax.device_get(sums).items()):
         leaf = flat[path]
         digest.update(f"{path} {tuple(leaf.shape)} {leaf.dtype} {int(value)}\n".encode())
     return digest.hexdigest()[:16]
 
 
-def _stored(state: TrainState) -> dict[str, Any]:
-    """What is written: plain dicts, keys as their bits, the optimiser's leaves by number.
+@jax.jit
+def _sums(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """A 32-bit sum of each leaf's scrambled bits; integer sums do not depend on the mesh."""
 
-    An optimiser state is made of named tuples that differ between versions of optax; its
-    leaves in order do not, and ``like`` gives them their structure back.
-    """
-    rng = state.rng
-    if isinstance(rng, jax.ShapeDtypeStruct):
-        data = jax.eval_shape(jax.random.key_data, rng)
-    else:
-        data = jax.random.key_data(rng)
-    leaves = jax.tree.leaves(state.opt_state)
-    return {
-        "step": state.step,
-        "params": state.params,
-        "opt_state": {f"{i:05d}": leaf for i, leaf in enumerate(leaves)},
-        "extra": state.extra,
-        "rng": data,
-    }
+    def one(leaf: jax.Array) -> jax.Array:
+        if leaf.dtype == jnp.bool_:
+            leaf = leaf.astype(jnp.uint8)
+        width = {1: jnp.uint8, 2: jnp.uint16}.get(leaf.dtype.itemsize, jnp.uint32)
+        bits = jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32)
+        # The place of every entry counts: each axis weighs in with its own odd numbers.
+        for axis in range(bits.ndim):
+            places = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+            bits = (bits ^ (places * jnp.uint32(2654435761))) * jnp.uint32(2246822519)
+            bits = bits ^ (bits >> 15)
+        return bits.sum(dtype=jnp.uint32)
+
+    return {path: one(leaf) for path, leaf in leaves.items()}
 
 
-def _paths(tree_: Any) -> list[tuple[Any, Any]]:
-    return jax.tree_util.tree_flatten_with_path(tree_)[0]
+def write_json(file: Path, values: Any) -> None:
+    """Writes a JSON file in one move: a reader sees the old one, the new one, never a half."""
+    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            json.dump(values, stream, indent=2)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(name, file)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
 
 
-def _name(key: Any) -> str:
-    return jax.tree_util.keystr(key, simple=True, separator="/")
+def _orbax() -> Any:
+    # Importing Orbax takes longer than everything else here; most callers never save.
+    from orbax.checkpoint import v1
+
+    log = logging.getLogger("absl")
+    if not any(isinstance(f, _Quiet) for f in log.filters):
+        log.addFilter(_Quiet())
+    return v1
 
 
-class _plain_errors:  # noqa: N801 -- reads as a statement
-    """Turns what Orbax and its file layer raise on a failed write into an OSError."""
+class _Quiet(logging.Filter):
+    """Drops what Orbax logs: every file it opens, and a traceback for each of its threads when
+    a write fails. The failure itself reaches the caller as an exception."""
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+    def filter(self, record: logging.LogRecord) -> bool:
+        return f"{os.sep}orbax{os.sep}" not in record.pathname
 
-    def __enter__(self) -> None:
-        return None
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is None or isinstance(error, (OSError, KeyboardInterrupt)):
-            return
-        first = " ".join(str(error).split())[:300]
-        raise OSError(
-            f"the checkpoint could not be written to {self._directory} ({first}); "
-            "earlier checkpoints stand"
+@contextlib.contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise CheckpointError(
+            f"checkpoint {file} cannot be read; remove it to use the one before "
+            f"({_one_line(error)})"
         ) from error
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _key_impl(leaf: Any) -> Any:
+    """The generator of a key array; under a trace, so that the array may be abstract."""
+    found: list[Any] = []
+    jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), leaf)
+    return found[0]
+
+
+def _stored(state: TrainState) -> dict[str, Any]:
+    """path -> leaf of all that is written; PRNG keys as the integers that they hold."""
+
+    def bits(leaf: Any) -> Any:
+        if not _is_key(leaf):
+            return leaf
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            data = jax.eval_shape(jax.random.key_data, leaf)
+            return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=leaf.sharding)
+        return jax.random.key_data(leaf)
+
+    flat, _ = jax.tree_util.tree_flatten_with_path(state.replace(frozen={}))
+    return {path_of(key): bits(leaf) for key, leaf in flat}
+
+
+def _unstored(like: TrainState, found: Mapping[str, Any]) -> TrainState:
+    def one(key: Any, leaf: Any) -> Any:
+        path = path_of(key)
+        if path not in found:  # Orbax does not store arrays without elements
+            return jax.device_put(jnp.zeros(leaf.shape, leaf.dtype), _abstract(leaf).sharding)
+        if _is_key(leaf):
+            return jax.random.wrap_key_data(found[path], impl=_key_impl(leaf))
+        return found[path]
+
+    state = jax.tree_util.tree_map_with_path(one, like.replace(frozen={}))
+    return state.replace(frozen=like.frozen)
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is None:
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _describe(leaf: Any) -> str:
+    return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+
+
+def _remove(folder: Path) -> None:
+    """Deletes a checkpoint so that a kill on the way leaves no damaged one behind."""
+    doomed = folder.with_name(f"{DELETING}{folder.name}")
+    with contextlib.suppress(OSError):
+        folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,7 +1,8 @@
 """The loop: it calls the step, and everything around it happens one step late or off the path.
 
-Metrics are fetched from the device after the next step has been dispatched, so the device
-never waits for the log. Input wait and compile time are measured apart from step time.
+While the device works on a step, the host reads the metrics of the one before and prepares the
+next batch; the device never waits for the log. What cannot be hidden (waiting for input,
+compiling, evaluating, saving) is measured apart from the step time.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from steppe.train import metrics as metrics_
@@ -39,7 +41,7 @@ class Writer(Protocol):
 
 
 class NonFiniteLoss(ArithmeticError):
-    """The loss or the gradient became NaN or infinite; no checkpoint of that state exists."""
+    """Loss, gradient or parameters became NaN or infinite; no checkpoint of that state exists."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -50,6 +52,10 @@ def resume(
     state: TrainState, batches: Batches, checkpoints: Checkpoints, writers: Sequence[Writer] = ()
 ) -> TrainState:
     """Continues from the newest checkpoint: state, position in the data, and log files.
+
+    Args:
+      state: a fresh state of the same run, or its shapes (``step.abstract``, which saves the
+        memory); it may lie on another mesh than the run that was saved.
 
     Raises:
       CheckpointError: there is none, or it does not fit ``state``.
@@ -85,9 +91,11 @@ def run(
       checkpoints, save_every: saved every so many steps and at the end; 0 = at the end only.
       evaluate, eval_every: called every so many steps and at the end; its values are written
         as a row of kind "eval".
-      log_every: a row of kind "train" every so many steps: means over the window of the
-        step's metrics, and ``step_time`` [s], ``input_wait`` [s a step], ``tokens_per_s``
-        (attended tokens), ``compile_time`` [s] where a program was compiled.
+      log_every: a row of kind "train" every so many steps, and before every save, so that the
+        rows of a resumed run cover the same steps: means over the window of the step's
+        metrics, and ``step_time`` [s], ``input_wait`` [s a step in which the device had run
+        out of work], ``tokens_per_s`` (attended tokens), ``compile_time`` [s] where a program
+        was compiled.
       writers: receive the rows.
       schedule: step -> learning rate, for the log.
 
@@ -97,71 +105,163 @@ def run(
     Raises:
       NonFiniteLoss: before a state that follows the bad step is saved.
       Interrupted: Ctrl-C or SIGTERM; the state after the last complete step is saved first.
-      ValueError: steps lies before the state's step, or log_every < 1.
+        A second Ctrl-C stops at once.
+      SaveFailed: a checkpoint could not be written; the earlier ones stand.
+      ValueError: steps lies before the state's step, an interval is out of range, or the
+        batches come to an end.
     """
     if log_every < 1:
         raise ValueError(f"log_every must be >= 1, got {log_every}")
+    if save_every < 0 or eval_every < 0:
+        raise ValueError(
+            f"save_every and eval_every must be >= 0, got {save_every} and {eval_every}"
+        )
     start = int(state.step)
     if start > steps:
         raise ValueError(f"the state is at step {start} already, beyond steps={steps}")
-    window = _Window(train)
-    pending: tuple[int, Metrics] | None = None
+    window = _Window()
+    pending: _Pending | None = None
 
-    def settle() -> None:
+    def settle(*, flush: bool = False) -> None:
         """Takes in the metrics of the step before, now that the next one is under way."""
         nonlocal pending
-        if pending is None:
+        done, pending = pending, None
+        if done is None:
             return
-        step, values = pending
-        pending = None
-        found = metrics_.fetch(values)
+        found = metrics_.fetch(done.metrics)
         for name in ("loss", "grad_norm"):
-            total, weight = found[name]
-            if not math.isfinite(total):
-                kept = None if checkpoints is None else checkpoints.latest
-                hint = "no checkpoint exists" if kept is None else f"step {kept} is kept"
-                raise NonFiniteLoss(
-                    f"{name} is {total / weight} at step {step}; {hint}. Lower the learning rate, "
-                    "clip the gradient (clip_norm), or look at the batch of that step"
-                )
-        window.add(found)
-        if step % log_every == 0 or step == steps:
+            if name in found and not math.isfinite(sum(found[name])):
+                raise NonFiniteLoss(_bad(f"{name} is {found[name][0]}", done.step, checkpoints))
+        window.add(done, found)
+        if flush or done.step % log_every == 0 or done.step == steps:
             row = window.row()
             if schedule is not None:
-                row["learning_rate"] = float(schedule(step - 1))
-            _write(writers, step, "train", row)
+                row["learning_rate"] = float(schedule(done.step - 1))
+            _write(writers, done.step, "train", row)
 
-    def save(current: TrainState, *, wait: bool = False) -> None:
-        if checkpoints is not None:
-            checkpoints.save(current, batches.get_state(), wait=wait)
+    def save(step: int, *, wait: bool = False) -> None:
+        if checkpoints is None:
+            return
+        # Loss and gradient were finite, but the update may have overflowed.
+        if not bool(_finite(state.params)):
+            raise NonFiniteLoss(_bad("a parameter is not finite", step, checkpoints))
+        checkpoints.save(state, batches.get_state(), wait=wait)
 
-    with _stop_requests() as stopping:
-        try:
-            for step in range(start + 1, steps + 1):
-                with window.waiting():
-                    batch = next(batches)
-                with window.stepping(batch):
-                    state, values = train(state, batch)
-                settle()
-                pending = (step, values)
-                last = step == steps
-                if stopping() and not last:
-                    settle()
-                    save(state, wait=True)
-                    raise Interrupted(_stopped(step, steps, checkpoints))
-                if evaluate is not None and (last or (eval_every and step % eval_every == 0)):
-                    settle()
-                    with window.paused():
-                        _write(writers, step, "eval", dict(evaluate(state)))
-                if last or (save_every and step % save_every == 0):
-                    settle()
-                    with window.paused():
-                        save(state)
+    with _stop_requests() as stopping, _complete(checkpoints):
+        for step in range(start + 1, steps + 1):
+            with window.waiting(pending):
+                batch = _next(batches, step, steps)
+            compiled, began = train.compiles, time.perf_counter()
+            state, metrics = train(state, batch)
+            if train.compiles > compiled:  # a dispatch takes no time, a compile does
+                window.compiled(time.perf_counter() - began)
             settle()
-        finally:
-            if checkpoints is not None:
-                checkpoints.wait()
+            pending = _Pending(step, metrics, _tokens(batch))
+            last = step == steps
+            scoring = evaluate is not None and (last or (eval_every and step % eval_every == 0))
+            saving = last or (save_every and step % save_every == 0)
+            stop = stopping(step) and not last
+            if scoring or saving or stop:
+                settle(flush=bool(saving or stop) and checkpoints is not None)
+            if scoring and evaluate is not None:
+                with window.paused():
+                    _write(writers, step, "eval", dict(evaluate(state)))
+            if saving or stop:
+                with window.paused():
+                    save(step, wait=stop)
+            if stop:
+                raise Interrupted(_stopped(step, steps, checkpoints))
     return state
+
+
+class _Pending(NamedTuple):
+    """A step that was dispatched and whose metrics have not been read."""
+
+    step: int
+    metrics: Metrics
+    tokens: int
+
+    def ready(self) -> bool:
+        """Whether the device is done with it."""
+        return all(x.is_ready() for x in jax.tree.leaves(self.metrics) if isinstance(x, jax.Array))
+
+
+class _Window:
+    """Metrics and times since the last row."""
+
+    def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        self._mean = metrics_.Mean()
+        self._steps = self._tokens = 0
+        self._wait = self._compile = self._apart = 0.0
+        self._since = time.perf_counter()
+
+    def add(self, done: _Pending, found: Mapping[str, tuple[float, float]]) -> None:
+        self._mean.add(found)
+        self._steps += 1
+        self._tokens += done.tokens
+
+    def compiled(self, seconds: float) -> None:
+        self._compile += seconds
+
+    @contextlib.contextmanager
+    def waiting(self, pending: _Pending | None) -> Iterator[None]:
+        """Preparing input costs something only if the device ran dry meanwhile."""
+        begin = time.perf_counter()
+        yield
+        if pending is None or pending.ready():
+            self._wait += time.perf_counter() - begin
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Evaluation and saving do not count as step time."""
+        begin = time.perf_counter()
+        yield
+        self._apart += time.perf_counter() - begin
+
+    def row(self) -> dict[str, Any]:
+        took = time.perf_counter() - self._since - self._compile - self._apart
+        row: dict[str, Any] = dict(self._mean.result())
+        row["step_time"] = took / self._steps
+        row["input_wait"] = self._wait / self._steps
+        if self._tokens and took > 0:
+            row["tokens_per_s"] = self._tokens / took
+        if self._compile:
+            row["compile_time"] = self._compile
+        self._reset()
+        return row
+
+
+@jax.jit
+def _finite(params: Any) -> jax.Array:
+    return jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]))
+
+
+def _next(batches: Batches, step: int, steps: int) -> Mapping[str, Any]:
+    try:
+        return next(batches)
+    except StopIteration:
+        raise ValueError(
+            f"the batches ended before step {step} of {steps}: give an endless source "
+            "(steppe.data.batches.train), or fewer steps"
+        ) from None
+
+
+def _tokens(batch: Mapping[str, Any]) -> int:
+    """Attended tokens of the batch; processes are taken to have as many each."""
+    mask = batch.get("attention_mask")
+    return int(mask.sum()) * jax.process_count() if isinstance(mask, np.ndarray) else 0
+
+
+def _bad(what: str, step: int, checkpoints: Checkpoints | None) -> str:
+    kept = None if checkpoints is None else checkpoints.latest
+    hint = "no checkpoint exists" if kept is None else f"the checkpoint of step {kept} is kept"
+    return (
+        f"{what} at step {step}; {hint}. Lower the learning rate, clip the gradient (clip_norm), "
+        "or look at the batch of that step"
+    )
 
 
 def _stopped(step: int, steps: int, checkpoints: Checkpoints | None) -> str:
@@ -179,14 +279,37 @@ def _write(writers: Sequence[Writer], step: int, kind: str, values: Mapping[str,
 
 
 @contextlib.contextmanager
-def _stop_requests() -> Iterator[Callable[[], bool]]:
+def _complete(checkpoints: Checkpoints | None) -> Iterator[None]:
+    """Leaves no write half done; its failure does not hide the error that ended the loop."""
+    try:
+        yield
+    except BaseException as error:
+        if checkpoints is not None:
+            try:
+                checkpoints.wait()
+            except OSError as failed:
+                error.add_note(str(failed))
+        raise
+    if checkpoints is not None:
+        checkpoints.wait()
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[Callable[[int], bool]]:
     """Notes Ctrl-C and SIGTERM instead of dying in the middle of a step.
 
-    A second one has its usual effect. Outside the main thread signals are left alone.
+    A second one has its usual effect. Outside the main thread signals are left alone. With
+    several processes, which must stop at the same step, jax's preemption service is asked;
+    it has its own handler of SIGTERM.
     """
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        yield multihost_utils.reached_preemption_sync_point
+        return
     seen: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
+        yield lambda step: False
         return
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
@@ -201,61 +324,6 @@ def _stop_requests() -> Iterator[Callable[[], bool]]:
     for number in before:
         signal.signal(number, note)
     try:
-        yield lambda: bool(seen)
+        yield lambda step: bool(seen)
     finally:
         restore()
-
-
-class _Window:
-    """Metrics and times since the last row."""
-
-    def __init__(self, train: TrainStep) -> None:
-        self._train = train
-        self._reset()
-
-    def _reset(self) -> None:
-        self._mean = metrics_.Mean()
-        self._steps = 0
-        self._tokens = 0
-        self._wait = self._compile = self._apart = 0.0
-        self._since = time.perf_counter()
-
-    def add(self, found: Mapping[str, tuple[float, float]]) -> None:
-        self._mean.add(found)
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        begin = time.perf_counter()
-        yield
-        self._wait += time.perf_counter() - begin
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Evaluation and saving do not count as step time."""
-        begin = time.perf_counter()
-        yield
-        self._apart += time.perf_counter() - begin
-
-    @contextlib.contextmanager
-    def stepping(self, batch: Mapping[str, Any]) -> Iterator[None]:
-        compiled = self._train.compiles
-        begin = time.perf_counter()
-        yield
-        if self._train.compiles > compiled:  # a dispatch takes no time, a compile does
-            self._compile += time.perf_counter() - begin
-        self._steps += 1
-        mask = batch.get("attention_mask")
-        if isinstance(mask, np.ndarray):
-            self._tokens += int(mask.sum()) * jax.process_count()
-
-    def row(self) -> dict[str, Any]:
-        took = time.perf_counter() - self._since - self._compile - self._apart
-        row: dict[str, Any] = dict(self._mean.result())
-        row["step_time"] = took / max(self._steps, 1)
-        row["input_wait"] = self._wait / max(self._steps, 1)
-        if self._tokens and took > 0:
-            row["tokens_per_s"] = self._tokens / took
-        if self._compile:
-            row["compile_time"] = self._compile
-        self._reset()
-        return row

@@ -103,6 +103,10 @@ class MeshPlan:
         """Into how many parts the batch is split."""
         return math.prod(self.mesh.shape[axis] for axis in self.data_axes)
 
+    def settle(self, tree: Any) -> Any:
+        """Waits for ``tree`` where that is needed, and returns it: see :func:`settle`."""
+        return settle(tree, self.mesh.devices.flat)
+
     def rows(self, *, leading: int = 0) -> NamedSharding:
         """Sharding of an array whose dimension ``leading`` counts the rows of a batch."""
         spec = (None,) * leading + ((self.data_axes,) if self.data_axes else ())
@@ -117,14 +121,13 @@ class MeshPlan:
         """
         if not shape:
             return self.replicated
-        for pattern, axes in self.rules:
-            if re.fullmatch(pattern, path):
-                break
-        else:
+        rule = next((rule for rule in self.rules if re.fullmatch(rule[0], path)), None)
+        if rule is None:
             raise ValueError(
                 f"no sharding rule covers {path!r} of shape {tuple(shape)}: add a rule, "
                 "or ('.*', ()) at the end to replicate what is left"
             )
+        pattern, axes = rule
         if axes and len(axes) != len(shape):
             raise ValueError(
                 f"rule {pattern!r} names {len(axes)} axes {axes}, but {path!r} has "
@@ -228,6 +231,19 @@ def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
     if isinstance(leaf, jax.Array):
         return jax.device_put(leaf, sharding)
     return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+
+def settle(tree: Any, devices: Iterable[jax.Device]) -> Any:
+    """Lets a program finish before the next one starts, on several devices of one CPU only.
+
+    Such devices (``--xla_force_host_platform_device_count``) share one pool of threads. When
+    two programs with collectives are under way, each can hold the threads that the other one
+    waits for, and after 40 s XLA aborts the process. Accelerators queue programs: no waiting.
+    """
+    found = list(devices)
+    if len(found) > 1 and found[0].platform == "cpu":
+        jax.block_until_ready(tree)
+    return tree
 
 
 def _names(axis: str | Iterable[str] | None) -> tuple[str, ...]:

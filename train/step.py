@@ -43,7 +43,7 @@ def abstract(
     """
     patterns = _patterns(model, trainable)
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
-    full = jax.eval_shape(model.init, key) if params is None else params
+    full = _with_given(jax.eval_shape(model.init, key), model) if params is None else params
     train, frozen = tree.split(full, patterns)
     state = jax.eval_shape(lambda k, t, f: _assemble(k, t, f, tx, ema), key, train, frozen)
     if plan is None:
@@ -73,8 +73,8 @@ def init(
       model: anything with ``init(key) -> params`` and ``trainable``.
       tx: the optimiser; its state covers the trainable parameters only.
       plan: mesh and rules; None keeps everything on the default device.
-      params: start from these (pretrained) instead of ``model.init``. The trainable leaves
-        are copied one by one, because the step donates them; frozen ones are shared.
+      params: the full tree to start from (pretrained) instead of ``model.init``. Trainable
+        leaves are copied one by one, because the step donates them; frozen ones are shared.
       trainable: regular expressions over paths; default ``model.trainable``.
       ema: decay of the moving average of the parameters, kept in ``state.extra["ema"]``.
       donate: take the trainable leaves of ``params`` over instead of copying them; the
@@ -87,6 +87,11 @@ def init(
     _check_decay(ema)
     patterns = _patterns(model, trainable)
     init_key, run_key = jax.random.split(key)
+    if params is None and getattr(model, "given", None) is not None:
+        # An overlay: its own leaves are made, the base's exist and are placed as they are.
+        made = jax.eval_shape(model.init, init_key)
+        to = None if plan is None else plan.shardings(made)
+        params = _with_given(jax.jit(model.init, out_shardings=to)(init_key), model)
     if params is None:
 
         def build(first: jax.Array, second: jax.Array) -> TrainState:
@@ -95,7 +100,8 @@ def init(
 
         shapes = jax.eval_shape(build, init_key, run_key)
         shardings = None if plan is None else plan.state(shapes)
-        return jax.jit(build, out_shardings=shardings)(init_key, run_key)
+        made = jax.jit(build, out_shardings=shardings)(init_key, run_key)
+        return made if plan is None else plan.settle(made)
 
     train, frozen = tree.split(params, patterns)
     train = tree.map_with_path(lambda path, leaf: _own(leaf, path, plan, donate), train)
@@ -109,7 +115,8 @@ def init(
         shapes = jax.eval_shape(lambda k, t: _assemble(k, t, {}, tx, ema), run_key, train)
         shardings = plan.state(shapes).replace(params={})
     state = jax.jit(beside, out_shardings=shardings)(run_key, train)
-    return state.replace(params=train, frozen=frozen)
+    state = state.replace(params=train, frozen=frozen)
+    return state if plan is None else plan.settle(state)
 
 
 def make(
@@ -226,6 +233,8 @@ class TrainStep:
             self._programs[signature] = program
             self.compiles += 1
         live, metrics = program(_without(state), state.frozen, state.rng, placed)
+        if self.plan is not None:
+            self.plan.settle((live, metrics))
         return live.replace(frozen=state.frozen, rng=state.rng), metrics
 
     def put(self, batch: Batch) -> dict[str, Any]:
@@ -411,6 +420,11 @@ def _own(leaf: Any, path: str, plan: MeshPlan | None, donate: bool) -> jax.Array
     if plan is None:
         return jnp.array(leaf, copy=True)
     return put(leaf, plan.sharding(path, leaf.shape))
+
+
+def _with_given(made: Params, model: ModelLike) -> Params:
+    given = getattr(model, "given", None)
+    return made if given is None else tree.merge(made, given)
 
 
 def _patterns(model: ModelLike, trainable: Sequence[str] | None) -> tuple[str, ...]:

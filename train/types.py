@@ -35,7 +35,7 @@ class LossOut(NamedTuple):
 
     total: Any
     weight: Any
-    aux: Mapping[str, tuple[Any, Any]] = {}  # noqa: RUF012 -- NamedTuple default, never mutated
+    aux: Mapping[str, tuple[Any, Any]] = {}
 
 
 # (params, batch, key) -> LossOut; params is the full tree, trainable and frozen merged.

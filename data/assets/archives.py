@@ -13,6 +13,7 @@ import hashlib
 import stat
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path, PurePosixPath
@@ -70,7 +71,7 @@ def members(archive: Path) -> Iterator[list[Member]]:
                 yield _tar_members(opened_tar, label)
         else:
             raise AssetError(f"{label}: not a zip or tar archive; fetch it again")
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError) as error:
         raise AssetError(f"{label}: damaged archive ({error}); fetch it again") from error
 
 

@@ -8,6 +8,7 @@ processes may fetch the same one: the first rename wins, the others use it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -53,7 +54,8 @@ def list() -> tuple[Asset, ...]:
 
 def folder(asset: Asset, cache: Path | str | None = None) -> Path:
     """Where an asset lies once fetched."""
-    return root(cache) / "assets" / asset.name / asset.version
+    # Debian versions may hold a colon, which some file systems refuse.
+    return root(cache) / "assets" / asset.name / asset.version.replace(":", "_")
 
 
 def path(name: str, cache: Path | str | None = None) -> Path:
@@ -127,8 +129,10 @@ def fetch(
             built = _build(asset, Path(scratch), tell)
             _publish(asset, built, where, Path(scratch))
     except AssetError:
+        _drop_empty(where.parent)
         raise
     except OSError as error:
+        _drop_empty(where.parent)
         raise AssetError(f"asset {asset.name!r}: cannot write {where} ({error})") from error
     tell(f"{asset.name}: ready in {where}")
     return where
@@ -154,6 +158,12 @@ def _build(asset: Asset, scratch: Path, tell: Progress) -> Path:
         for file in asset.files:
             label = archive.name if archive in downloads else asset.nested
             chosen = archives.select(found, file.member, label, file.count)
+            size = sum(member.size for member in chosen)
+            if size != file.size:  # before anything large is written
+                raise AssetError(
+                    f"{label}: {file.member} has {size} bytes, the catalogue says {file.size}; "
+                    "the package is not the one in the catalogue"
+                )
             for member in chosen:
                 base = member.name.rsplit("/", 1)[-1]
                 target = file.path + base if file.path.endswith("/") else file.path
@@ -218,6 +228,12 @@ def _intact(asset: Asset, where: Path) -> bool:
     except (OSError, AssetError):
         return False
     return (where / MANIFEST).is_file()
+
+
+def _drop_empty(parent: Path) -> None:
+    """A failed fetch leaves nothing behind, not even an empty folder."""
+    with contextlib.suppress(OSError):
+        parent.rmdir()
 
 
 def _sweep(parent: Path) -> None:

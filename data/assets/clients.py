@@ -160,7 +160,7 @@ def _run(
 # Lines that clients print after the one that says what went wrong.
 _NOISE = re.compile(
     r"A complete log of this run|Note that you can also|tarball, folder, http url|\[notice\]"
-    r"|^npm (error|ERR!)( [45]\d\d)?\s*$"
+    r"|In most cases you or one of|^npm (error|ERR!)( \w+)?\s*$"
 )
 
 

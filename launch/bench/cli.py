@@ -36,8 +36,12 @@ def main(argv: Sequence[str]) -> int:
     module: Any = importlib.import_module(BENCHES[name][0])
     config = tyro.cli(getattr(module, BENCHES[name][1]), args=options, prog=f"steppe bench {name}")
     console = Console()
-    result = module.run(config, lambda line: console.print(line, highlight=False, markup=False))
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    result = module.run(config, say)
     console.print(module.table(result))
     if config.out is not None:
-        console.print(f"written to {config.out}", highlight=False, markup=False)
+        say(f"written to {config.out}")
     return 0

@@ -57,7 +57,14 @@ class Loader:
 
 
 def run(config: LoadBench, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Measures in a fresh process and returns the result, ``ratio`` = extra peak / size."""
+    """Measures in a fresh process and returns the result, ``ratio`` = extra peak / size.
+
+    Raises:
+      FileNotFoundError: ``config.model`` is not a model folder.
+      WorkerError: it could not be loaded.
+    """
+    if config.model is not None and not (config.model / "config.json").is_file():
+        raise FileNotFoundError(f"{config.model} is not a model folder: it has no config.json")
     load = environment.load_average()
     for line in environment.load_lines(load):
         say(line)

@@ -24,7 +24,7 @@ from typing import Any
 _FAKE_DEVICES = re.compile(r"--xla_force_host_platform_device_count=\d+\s*")
 
 
-class WorkerError(RuntimeError):
+class WorkerError(ChildProcessError):
     """A side has failed; the message ends with what it said last."""
 
 

@@ -295,6 +295,11 @@ def test_load_counts_the_memory_of_a_fresh_process(tmp_path):
     assert "peak above before / size" in printed(load.table(result))
 
 
+def test_load_of_a_folder_without_a_model(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is not a model folder: it has no config.json"):
+        load.run(load.LoadBench(model=tmp_path), lambda _: None)
+
+
 def test_import_time_of_a_module():
     config = imports.ImportBench(module="fractions", base="json", repeats=2)
     result = imports.run(config, lambda _: None)

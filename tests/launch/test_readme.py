@@ -1,0 +1,30 @@
+"""The README's example runs as it stands."""
+
+import re
+from pathlib import Path
+
+from .test_cli import world  # noqa: F401 -- a fixture
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+
+
+def test_the_notebook_example(world, capsys):  # noqa: F811
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
+    names = {
+        "folder": str(world / "model"),
+        "source": f"file:{world / 'data.jsonl'}",
+        "steps": 3,
+    }
+    exec(compile(code.replace("max_length=64", "max_length=12"), "README.md", "exec"), names)
+    assert 0.0 <= float(capsys.readouterr().out.split()[-1]) <= 1.0
+    assert int(names["state"].step) == 3
+
+
+def test_every_link_and_recipe_exists():
+    text = README.read_text("utf-8")
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (README.parent / target).exists(), target
+    from steppe.launch.recipes import RECIPES
+
+    for recipe in re.findall(r"steppe finetune ([a-z][\w-]+)", text):
+        assert recipe in RECIPES, recipe
