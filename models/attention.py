@@ -41,6 +41,7 @@ def attend(
     drop: float = 0.0,
     rng: jax.Array | None = None,
     implementation: Implementation | None = None,
+    whole_queries: int | None = None,
 ) -> Float[Array, "B T H Dh"]:
     """``softmax(q k^T * scale + bias) v`` with the softmax in float32.
 
@@ -51,6 +52,8 @@ def attend(
       drop: dropout rate on the probabilities; needs ``rng``.
       implementation: "xla", "cudnn" (GPU, bf16 or float16) or None = the fastest known for
         the backend.
+      whole_queries: number of queries of the call whose dropout this one is to share, when q
+        holds only the first of them.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if drop == 0.0 and (implementation is not None or jax.default_backend() != "cpu"):
@@ -68,5 +71,7 @@ def attend(
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    probs = dropout(probs, drop, rng)
+    # Queries may be the first of a sequence as long as the keys; see ``Attention``.
+    whole = None if whole_queries is None else (*probs.shape[:2], whole_queries, probs.shape[3])
+    probs = dropout(probs, drop, rng, whole=whole)
     return (probs @ v).swapaxes(1, 2)

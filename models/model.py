@@ -89,9 +89,10 @@ class Parts(NamedTuple):
 
     Attributes:
       embed: ``(params, batch, *, sites, embeds, rng, train) -> Inputs``.
-      layers: ``(params, inputs, *, start, stop, sites, masks, rng, train, all_hidden)
-        -> hidden`` runs layers ``start <= l < stop`` of the stack: early exit, late
-        prompts, and gradients that end at a layer split the stack here.
+      layers: ``(params, inputs, *, start, stop, sites, masks, rng, train, all_hidden,
+        queries) -> hidden`` runs layers ``start <= l < stop`` of the stack: early exit, late
+        prompts, and gradients that end at a layer split the stack here. ``queries`` = n asks
+        for the first n positions only, of a range that is one layer.
       head: ``(params, hidden, inputs, *, sites, rng, train) -> logits or None``.
     """
 

@@ -80,10 +80,14 @@ class Site:
         computation, or the previously attached one when several share the site.
       delta: the site's parameters; for a site inside the layers every leaf has a leading
         axis of size L.
+      tokenwise: whether every token's output depends on that token's input alone, as LoRA's
+        does. The last layer of a model that is read at its first token is then computed at
+        that token only.
     """
 
     fn: SiteFn
     delta: Any
+    tokenwise: bool = False
 
 
 def stack_sites(first: Mapping[str, Site], *others: Mapping[str, Site]) -> dict[str, Site]:
@@ -102,7 +106,7 @@ def _wrap(inner: Site, outer: Site) -> Site:
 
         return outer.fn(delta[1], x, inner_base, context)
 
-    return Site(fn, (inner.delta, outer.delta))
+    return Site(fn, (inner.delta, outer.delta), inner.tokenwise and outer.tokenwise)
 
 
 def check_sites(sites: Mapping[str, Site] | None, known: tuple[str, ...], layers: int) -> None:

@@ -38,6 +38,7 @@ def run_stack(
     masks: Masks | None = None,
     context: SiteContext | None = None,
     remat: str = "dots",
+    unroll: int = 1,
     all_hidden: bool = False,
 ) -> jax.Array:
     """Runs layers ``start <= l < stop`` of a stack.
@@ -51,6 +52,7 @@ def run_stack(
       remat: what the backward pass keeps of a layer: "none" = all intermediates, "dots" =
         outputs of the projections (the rest is cheap to compute again, and on a CPU
         recomputing is faster than writing it to the scan's buffers), "full" = the input only.
+      unroll: ranges of at most so many layers are written out instead of looped over.
       all_hidden: return the input and every layer's output, [stop - start + 1, B, T, D].
 
     Raises:
@@ -97,5 +99,12 @@ def run_stack(
     elif remat == "dots":
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-    out, every = jax.lax.scan(body, rows(x), xs, length=stop - start)
+    length = stop - start
+    if length == 1:  # no loop: the layer may give fewer positions than it is given
+        out, single = body(rows(x), jax.tree.map(lambda a: a[0], xs))
+        every = None if single is None else single[None]
+    else:
+        out, every = jax.lax.scan(
+            body, rows(x), xs, length=length, unroll=length if 1 < length <= unroll else 1
+        )
     return out if every is None else jnp.concatenate([x[None], every])

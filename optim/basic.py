@@ -13,7 +13,7 @@ import optax
 from steppe.models import tree
 
 # Biases, norms and everything else with one dimension a layer are not decayed, as usual.
-NO_DECAY = (r".*/(bias|scale)",)
+NO_DECAY = (r"(.*/)?(bias|scale)",)
 SCHEDULES = ("linear", "cosine", "constant")
 
 

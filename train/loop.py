@@ -256,11 +256,17 @@ def _tokens(batch: Mapping[str, Any]) -> int:
 
 
 def _bad(what: str, step: int, checkpoints: Checkpoints | None) -> str:
-    kept = None if checkpoints is None else checkpoints.latest
+    kept, failed = None, ""
+    if checkpoints is not None:
+        try:
+            checkpoints.wait()
+        except OSError as error:
+            failed = f" ({error})"
+        kept = checkpoints.latest
     hint = "no checkpoint exists" if kept is None else f"the checkpoint of step {kept} is kept"
     return (
-        f"{what} at step {step}; {hint}. Lower the learning rate, clip the gradient (clip_norm), "
-        "or look at the batch of that step"
+        f"{what} at step {step}; {hint}{failed}. Lower the learning rate, clip the gradient "
+        "(clip_norm), or look at the batch of that step"
     )
 
 

@@ -98,6 +98,17 @@ class Steppe(_Side):
         total, weight = (float(x) for x in loss)
         return total / weight
 
+    def compile(self) -> float:
+        """Seconds to trace and compile the step for one shape of batch; runs nothing.
+
+        Timed by itself, because a difference of step times is as noisy as the steps are, and
+        grows with them.
+        """
+        batch = next(self._batches)
+        start = time.perf_counter()
+        self._train.lower(self._state, batch).compile()
+        return time.perf_counter() - start
+
     def compiles(self) -> int:
         """Programs compiled so far."""
         return self._train.compiles

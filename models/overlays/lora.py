@@ -91,7 +91,9 @@ def overlay(
         return y + scale * ((flat @ a) @ b).reshape(y.shape)
 
     def attach(delta: Params) -> dict[str, Site]:
-        return {name: Site(branch, delta[tree.STACK][name]) for name in names}
+        return {
+            name: Site(branch, delta[tree.STACK][name], tokenwise=drop == 0.0) for name in names
+        }
 
     def merge(params: Params, delta: Params) -> Params:
         folded = {}

@@ -20,7 +20,7 @@ from steppe.launch.bench import (
     mfu,
     shapes,
 )
-from steppe.launch.bench.sides import SIDES
+from steppe.launch.bench.sides import SIDES, Steppe
 from steppe.launch.bench.worker import Worker, WorkerError
 from steppe.models import pretrained, tree
 
@@ -237,6 +237,7 @@ def test_finetune_against_torch(tmp_path):
     assert result["ratio"]["pairs"] == [a / b for a, b in zip(*pairs)]
     assert result["ratio"]["low"] <= result["ratio"]["median"] <= result["ratio"]["high"]
     assert result["sides"]["steppe"]["programs"] == 1
+    assert result["sides"]["steppe"]["compile"] > 0
     assert set(result["compile"]) == {"1"}
     assert json.loads((tmp_path / "r.json").read_text()) == result
     text = printed(finetune.table(result))
@@ -271,6 +272,17 @@ def test_finetune_alone_from_a_folder(tmp_path):
     expected = tree.count(pretrained.load(folder).params)
     assert result["parameters"] == expected
     assert "torch" not in printed(finetune.table(result))
+
+
+def test_compile_time_does_not_depend_on_the_time_of_a_step(tmp_path, monkeypatch):
+    side = Steppe(str(shapes.export(tmp_path / "m", shapes.TINY)), 4, 16)
+
+    def step(*_):
+        raise AssertionError("compiling must not run a step")
+
+    monkeypatch.setattr(side, "_step", step)
+    assert side.compile() > 0
+    assert side.compiles() == 0
 
 
 @pytest.mark.slow

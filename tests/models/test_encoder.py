@@ -159,6 +159,44 @@ def test_unused_entry_points_cost_nothing(tiny, batch):
     assert text(rng=jax.random.key(0), train=False) == plain
 
 
+@pytest.mark.parametrize("case", ["plain", "dropout", "masks", "causal"])
+def test_the_last_layer_at_the_first_token_changes_nothing(tiny, batch, case):
+    """Logits and gradients equal those of the whole last layer, under the same dropout."""
+    model, params = TINY.build(), tiny[1]
+    more = {"dropout": {"rng": jax.random.key(4), "train": True}}.get(case, {})
+    if case == "masks":
+        more["masks"] = Masks(
+            head=jnp.full((4, 2), 0.5), ffn=jnp.full((4, 24), 0.7), layer=jnp.full(4, 0.9)
+        )
+    if case == "causal":
+        full = np.tril(np.ones((9, 9), np.int32)) * batch["attention_mask"][:, None]
+        batch = {**batch, "attention_mask": full}
+
+    def run(p, every):
+        logits = model.apply(p, batch, all_hidden=every, **more).logits
+        return jnp.square(logits).sum(), logits
+
+    calls = [
+        jax.jit(jax.value_and_grad(lambda p, e=every: run(p, e), has_aux=True))(params)
+        for every in (False, True)
+    ]
+    ((_, logits), grads), ((_, expected), expected_grads) = calls
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5, rtol=2e-5)
+
+
+def test_the_last_layer_is_cheaper_only_where_hidden_is_not_read(tiny, batch):
+    model, params = TINY.build(), tiny[1]
+
+    def flops(read):
+        compiled = jax.jit(lambda p: read(model.apply(p, batch))).lower(params).compile()
+        return compiled.cost_analysis()["flops"]
+
+    both = flops(lambda out: (out.logits, out.hidden))
+    assert flops(lambda out: out.logits) < 0.93 * both
+
+
 def test_depth_does_not_grow_the_program(batch):
     def size(layers):
         model = dataclasses.replace(TINY, layers=layers).build()
@@ -166,7 +204,7 @@ def test_depth_does_not_grow_the_program(batch):
         grad = jax.grad(lambda p: model.apply(p, batch).logits.sum())
         return len(jax.jit(grad).lower(params).as_text().splitlines())
 
-    assert size(24) == size(6)
+    assert size(48) == size(12)
 
 
 def test_errors_of_the_config_and_the_inputs(tiny, batch):

@@ -171,8 +171,8 @@ def test_metrics_are_read_one_step_late(train):
 def test_a_slow_source_shows_in_input_wait_and_a_compile_apart():
     rows = Rows()
     train = step.make(toy.ce, TX)
-    loop.run(train, fresh(), toy.Batches(delay=0.05), steps=4, log_every=2, writers=[rows])
-    first, second = rows.rows
+    loop.run(train, fresh(), toy.Batches(delay=0.05), steps=6, log_every=2, writers=[rows])
+    first, second, _ = rows.rows
     assert first["compile_time"] > 0
     assert "compile_time" not in second
     assert 0.05 <= second["input_wait"] <= second["step_time"]
@@ -212,7 +212,7 @@ def test_evaluation_and_saving_happen_when_asked_and_at_the_end(tmp_path, train)
 
 
 def broken(batch):
-    return {**batch, "label_mask": batch["label_mask"] * np.float32(np.inf)}
+    return {**batch, "label_mask": np.full_like(batch["label_mask"], np.nan)}
 
 
 @pytest.mark.parametrize("bad", [4, 5, 6])
@@ -331,7 +331,7 @@ def test_a_failed_save_does_not_hide_the_error_that_ended_the_loop(train):
             checkpoints=Full(),
             save_every=2,
         )
-    assert caught.value.__notes__ == ["no space"]
+    assert "(no space)" in str(caught.value)
     with pytest.raises(SaveFailed, match="no space"):
         loop.run(train, fresh(), toy.Batches(), steps=3, checkpoints=Full(), save_every=2)
 
