@@ -107,11 +107,6 @@ class MeshPlan:
         """Waits for ``tree`` where that is needed, and returns it: see :func:`settle`."""
         return settle(tree, self.mesh.devices.flat)
 
-    @property
-    def compiler_options(self) -> dict[str, Any] | None:
-        """What ``jax.jit`` needs to compile for this mesh: see :func:`compiler_options`."""
-        return compiler_options(self.mesh.devices.flat)
-
     def rows(self, *, leading: int = 0) -> NamedSharding:
         """Sharding of an array whose dimension ``leading`` counts the rows of a batch."""
         spec = (None,) * leading + ((self.data_axes,) if self.data_axes else ())
@@ -245,24 +240,10 @@ def settle(tree: Any, devices: Iterable[jax.Device]) -> Any:
     two programs with collectives are under way, each can hold the threads that the other one
     waits for, and after 40 s XLA aborts the process. Accelerators queue programs: no waiting.
     """
-    if _fake(devices):
+    found = list(devices)
+    if len(found) > 1 and found[0].platform == "cpu":
         jax.block_until_ready(tree)
     return tree
-
-
-def compiler_options(devices: Iterable[jax.Device]) -> dict[str, Any] | None:
-    """Options for compiling a program over ``devices``; None means the usual ones.
-
-    For several devices of one CPU the order of independent collectives is fixed: a program
-    that comes out of the persistent compilation cache otherwise runs them in an order of its
-    own on each device, and they wait for each other for ever (seen with jaxlib 0.10.2).
-    """
-    return {"xla_cpu_enable_concurrency_optimized_scheduler": False} if _fake(devices) else None
-
-
-def _fake(devices: Iterable[jax.Device]) -> bool:
-    found = list(devices)
-    return len(found) > 1 and found[0].platform == "cpu"
 
 
 def _names(axis: str | Iterable[str] | None) -> tuple[str, ...]:

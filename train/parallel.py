@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from steppe.train.mesh import compiler_options, settle
+from steppe.train.mesh import settle
 
 
 def replicated(
@@ -78,7 +78,7 @@ def replicated(
 
     if not isinstance(in_axes, Sequence):
         axes_of([None])
-    compiled = jax.jit(run, donate_argnums=donate_argnums, compiler_options=compiler_options(found))
+    compiled = jax.jit(run, donate_argnums=donate_argnums)
 
     def call(*args: Any) -> Any:
         for number, (arg, axis) in enumerate(zip(args, axes_of(args), strict=True)):

@@ -91,7 +91,7 @@ def init(
         # An overlay: its own leaves are made, the base's exist and are placed as they are.
         made = jax.eval_shape(model.init, init_key)
         to = None if plan is None else plan.shardings(made)
-        params = _with_given(_jit(model.init, to, plan)(init_key), model)
+        params = _with_given(jax.jit(model.init, out_shardings=to)(init_key), model)
     if params is None:
 
         def build(first: jax.Array, second: jax.Array) -> TrainState:
@@ -100,7 +100,7 @@ def init(
 
         shapes = jax.eval_shape(build, init_key, run_key)
         shardings = None if plan is None else plan.state(shapes)
-        made = _jit(build, shardings, plan)(init_key, run_key)
+        made = jax.jit(build, out_shardings=shardings)(init_key, run_key)
         return made if plan is None else plan.settle(made)
 
     train, frozen = tree.split(params, patterns)
@@ -114,7 +114,7 @@ def init(
     if plan is not None:
         shapes = jax.eval_shape(lambda k, t: _assemble(k, t, {}, tx, ema), run_key, train)
         shardings = plan.state(shapes).replace(params={})
-    state = _jit(beside, shardings, plan)(run_key, train)
+    state = jax.jit(beside, out_shardings=shardings)(run_key, train)
     state = state.replace(params=train, frozen=frozen)
     return state if plan is None else plan.settle(state)
 
@@ -229,8 +229,7 @@ class TrainStep:
         signature = tuple((name, placed[name].shape, placed[name].dtype) for name in placed)
         program = self._programs.get(signature)
         if program is None:
-            options = None if self.plan is None else self.plan.compiler_options
-            program = self._lower(state, placed).compile(options)
+            program = self._lower(state, placed).compile()
             self._programs[signature] = program
             self.compiles += 1
         live, metrics = program(_without(state), state.frozen, state.rng, placed)
@@ -421,11 +420,6 @@ def _own(leaf: Any, path: str, plan: MeshPlan | None, donate: bool) -> jax.Array
     if plan is None:
         return jnp.array(leaf, copy=True)
     return put(leaf, plan.sharding(path, leaf.shape))
-
-
-def _jit(fn: Callable[..., Any], shardings: Any, plan: MeshPlan | None) -> Callable[..., Any]:
-    options = None if plan is None else plan.compiler_options
-    return jax.jit(fn, out_shardings=shardings, compiler_options=options)
 
 
 def _with_given(made: Params, model: ModelLike) -> Params:

@@ -64,6 +64,7 @@ def run(config: CompileBench, say: Callable[[str], None] = print) -> dict[str, A
         "load_average": load,
         **environment.environment(),
         "seconds": found,
+        "unsteady": harness.unsteady({f"{name} layers": times for name, times in found.items()}),
         "ratio": {name: harness.ratio(times, first)._asdict() for name, times in found.items()},
     }
     if config.out is not None:
@@ -94,7 +95,9 @@ def measure(config: CompileBench, say: Callable[[str], None] = print) -> dict[st
 
 def table(result: Mapping[str, Any]) -> RenderableType:
     """The result for the terminal."""
+    from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
     grid = Table(title="Compile time of a training step", title_justify="left", box=None)
     for number, column in enumerate(("layers", "seconds", "range", "to the first")):
@@ -107,4 +110,4 @@ def table(result: Mapping[str, Any]) -> RenderableType:
             f"{found.low:.2f} to {found.high:.2f}",
             f"{result['ratio'][name]['median']:.2f}",
         )
-    return grid
+    return Group(grid, *(Text(f"warning: {reason}") for reason in result["unsteady"]))

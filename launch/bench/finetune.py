@@ -124,6 +124,10 @@ def run(config: FinetuneBench, say: Callable[[str], None] = print) -> dict[str, 
             "pairs": [a / b for a, b in zip(*pairs)],
             "of": f"{names[0]} / {names[1]}",
         }
+    result["unsteady"] = harness.unsteady(
+        {name: result["sides"][name]["seconds"] for name in names}
+    )
+    result["load_average_after"] = environment.load_average()
     if config.out is not None:
         environment.write_json(config.out, result)
     return result
@@ -219,6 +223,7 @@ def table(result: Mapping[str, Any]) -> RenderableType:
     if "compile" in result:
         depths = [f"{k} layers {min(v):.2f} s" for k, v in result["compile"].items()]
         lines.append("compile by depth: " + ", ".join(depths))
+    lines += [f"warning: {reason}" for reason in result["unsteady"]]
     return Group(grid, *(Text(line) for line in lines))
 
 

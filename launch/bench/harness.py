@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
+# Slowest round / fastest round of one side, above which a run is no measurement.
+STEADY = 1.25
 # Takes that many steps, waits until their results are there, and returns the seconds.
 Turn: TypeAlias = Callable[[int], float]
 
@@ -107,6 +109,24 @@ def spread(values: Sequence[float]) -> Spread:
 def ratio(a: Sequence[float], b: Sequence[float]) -> Spread:
     """Median and range of a / b, pair by pair."""
     return spread([x / y for x, y in zip(a, b, strict=True)])
+
+
+def unsteady(sides: Mapping[str, Sequence[float]], limit: float = STEADY) -> list[str]:
+    """Why the times are no measurement: sentences, none when they are one.
+
+    The load before a run says nothing about who came during it. Work that came from elsewhere
+    shows as rounds of one side that differ, and a median over disturbed rounds may favour
+    either side.
+    """
+    reasons = []
+    for name, times in sides.items():
+        slow = max(times) / min(times)
+        if slow > limit:
+            reasons.append(
+                f"the slowest round of {name} took {slow:.2f} times the fastest (limit {limit}): "
+                "something else was running; do not quote these numbers"
+            )
+    return reasons
 
 
 def same_losses(a: Sequence[float], b: Sequence[float], tolerance: float = 1e-4) -> float:

@@ -88,6 +88,17 @@ def test_losses_must_agree():
         harness.same_losses([], [])
 
 
+def test_a_run_that_was_disturbed_on_the_way_says_so():
+    """Times of a real run: it began on a quiet machine, and its median favoured one side."""
+    disturbed = {"steppe": [0.71, 1.17, 1.37, 1.26, 0.86], "torch": [0.54, 3.0, 3.27, 3.26, 0.52]}
+    assert harness.ratio(*disturbed.values()).median < 0.5
+    first, second = harness.unsteady(disturbed)
+    assert "slowest round of steppe took 1.93 times the fastest" in first
+    assert "torch took 6.29 times" in second
+    assert "do not quote" in second
+    assert harness.unsteady({"a": [1.0, 1.1, 1.2], "b": [3.0]}) == []
+
+
 @pytest.mark.parametrize(("name", "value"), [("warmup", -1), ("rounds", 0), ("steps", 0)])
 def test_bad_protocol(name, value):
     with pytest.raises(ValueError, match=f"{name} must be >= .*, got {value}"):

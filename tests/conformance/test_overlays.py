@@ -1,0 +1,162 @@
+"""What every overlay must do, table-driven: one row a method, all checks for each."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from steppe.models import tree
+from steppe.models.encoder import EncoderConfig
+from steppe.models.heads import HeadConfig
+from steppe.models.overlays import lora
+from steppe.train import checkpoint, mesh, objectives, step
+
+DENSE = ("attn.q", "attn.k", "attn.v", "attn.o", "ffn.in", "ffn.out")
+# name -> (overlay, its neutral setting)
+OVERLAYS = {
+    "lora": (lora.overlay(rank=4), lora.overlay(rank=0)),
+    "lora, all dense layers": (
+        lora.overlay(rank=2, sites=DENSE, alpha=4.0),
+        lora.overlay(rank=0, sites=DENSE),
+    ),
+}
+CONFIG = EncoderConfig(
+    "bert",
+    vocab_size=40,
+    width=16,
+    layers=3,
+    heads=2,
+    ffn_width=32,
+    positions=16,
+    types=2,
+    pooler=True,
+    drop=0.0,
+    attn_drop=0.0,
+    head=HeadConfig("classification", 2, None, 0.0),
+)
+ROWS = 16
+
+pytestmark = pytest.mark.parametrize("name", OVERLAYS)
+
+
+@pytest.fixture(scope="module")
+def base():
+    model = CONFIG.build()
+    return model, jax.jit(model.init)(jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def batch():
+    rng = np.random.default_rng(0)
+    mask = (np.arange(8) < rng.integers(3, 9, (ROWS, 1))).astype(np.int32)
+    return {
+        "input_ids": rng.integers(1, 40, (ROWS, 8)).astype(np.int32) * mask,
+        "attention_mask": mask,
+        "labels": rng.integers(0, 2, ROWS).astype(np.int32),
+        "label_mask": np.ones(ROWS, np.float32),
+    }
+
+
+def train(name, base, batch, *, axes=None, steps=3, config=CONFIG, state=None, **options):
+    """(state, losses, number of compiles) of a few AdamW steps on the overlay."""
+    overlay, _ = OVERLAYS[name]
+    model, params = base
+    model = model if config is CONFIG else config.build()
+    bound = overlay.bind(model, frozen=params)
+    plan = None if axes is None else mesh.plan(axes, bound.axes)
+    tx = optax.adamw(1e-2)
+    run = step.make(objectives.for_task(bound, "classification"), tx, plan, **options)
+    if state is None:
+        state = step.init(jax.random.key(1), bound, tx, plan)
+    losses = []
+    for _ in range(steps):
+        state, metrics = run(state, batch)
+        losses.append(float(metrics["loss"][0] / metrics["loss"][1]))
+    return state, losses, run.compiles
+
+
+@pytest.fixture(scope="module")
+def reference(base, batch):
+    done = {}
+
+    def get(name):
+        if name not in done:
+            done[name] = train(name, base, batch)
+        return done[name]
+
+    return get
+
+
+def close(left, right, atol):
+    other = tree.flatten(right)
+    for path, leaf in tree.flatten(left).items():
+        np.testing.assert_allclose(leaf, other[path], atol=atol, err_msg=path)
+
+
+def test_it_learns_and_leaves_the_base_alone(name, base, reference):
+    state, losses, compiles = reference(name)
+    assert losses[-1] < losses[0]
+    assert compiles == 1
+    flat = tree.flatten(base[1])
+    for path, leaf in tree.flatten(state.frozen["base"]).items():
+        np.testing.assert_array_equal(leaf, flat[path], err_msg=path)
+    trained = set(tree.paths(state.params))
+    assert {"overlay", "base"} == {p.split("/")[0] for p in trained}
+    assert all(p.startswith(("overlay/", "base/head/")) for p in trained)
+    moments = sum(x.size for x in jax.tree.leaves(state.opt_state)) - 1
+    assert moments == 2 * tree.count(state.params)
+
+
+def test_the_neutral_setting_is_the_base(name, base, batch):
+    neutral = OVERLAYS[name][1]
+    model, params = base
+    full = {"base": params, "overlay": neutral.init(jax.random.key(0), params)}
+    got = jax.jit(lambda p: neutral.bind(model).apply(p, batch).logits)(full)
+    np.testing.assert_array_equal(got, jax.jit(lambda p: model.apply(p, batch).logits)(params))
+
+
+@pytest.mark.parametrize("axes", [{"data": 8}, {"data": 4, "model": 2}, {"fsdp": 4, "model": 2}])
+def test_on_a_mesh(name, base, batch, reference, axes):
+    state, losses, compiles = train(name, base, batch, axes=axes)
+    expected, expected_losses, _ = reference(name)
+    np.testing.assert_allclose(losses, expected_losses, atol=1e-5)
+    close(state.params, expected.params, 1e-4)
+    assert compiles == 1
+
+
+def test_under_microbatches_and_remat(name, base, batch, reference):
+    config = dataclasses.replace(CONFIG, remat="full", unroll=1)
+    state, losses, _ = train(name, base, batch, microbatches=4, config=config)
+    expected, expected_losses, _ = reference(name)
+    np.testing.assert_allclose(losses, expected_losses, atol=1e-5)
+    close(state.params, expected.params, 1e-4)
+
+
+def test_in_bf16(name, base, batch, reference):
+    state, losses, _ = train(name, base, batch, compute_dtype="bfloat16")
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(state.params))
+    np.testing.assert_allclose(losses, reference(name)[1], atol=0.03)
+
+
+def test_saved_and_resumed(name, base, batch, reference, tmp_path):
+    state, _, _ = train(name, base, batch, steps=2)
+    with checkpoint.Checkpoints(tmp_path / "c") as checkpoints:
+        checkpoints.save(state, {}, wait=True)
+        bound = OVERLAYS[name][0].bind(base[0], frozen=base[1])
+        fresh = step.init(jax.random.key(9), bound, optax.adamw(1e-2))
+        restored, _ = checkpoints.restore(fresh)
+    final, losses, _ = train(name, base, batch, steps=1, state=restored)
+    expected, expected_losses, _ = reference(name)
+    assert losses[0] == expected_losses[-1]
+    for a, b in zip(jax.tree.leaves(final.params), jax.tree.leaves(expected.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_merged_where_it_can_be(name, base, batch, reference):
+    overlay, _ = OVERLAYS[name]
+    state, _, _ = reference(name)
+    full = tree.merge(state.params, state.frozen)
+    inputs = {k: v for k, v in batch.items() if not k.startswith("label")}
+    assert overlay.merged(base[0], full, inputs).largest_difference < 1e-5
