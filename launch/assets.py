@@ -58,7 +58,7 @@ def _fetch(names: list[str]) -> int:
     console = Console(stderr=True)
     for asset in wanted:
         with console.status(f"{asset.name} ...") as status:
-            folder = assets.fetch(asset.name, progress=lambda line, show=status: show.update(line))
+            folder = assets.fetch(asset.name, progress=status.update)
         console.print(f"{asset.name}: {folder}  [dim]({asset.licence})[/dim]", highlight=False)
     return 0
 

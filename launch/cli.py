@@ -30,9 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status (0, 2 for a mistake, 130 when interrupted)."""
     args = list(sys.argv[1:] if argv is None else argv)
     if argv is None:  # our own process, not one that calls us as a function
-        from steppe.launch.tuning import keep_memory
+        from steppe.launch import tuning
 
-        keep_memory()
+        tuning.prepare()
     try:
         return _dispatch(args)
     except KeyboardInterrupt as stop:

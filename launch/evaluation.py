@@ -58,17 +58,18 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         )
     passes = batches.evaluate(dataset, config.batch_size, buckets=setup.buckets(data))
     result = evaluate.run(loaded.model, loaded.params, passes, task)
-    found = {
+    intervals = outputs.interval(result, task.kind)
+    found: dict[str, Any] = {
         "model": config.model,
         "data": {"source": data.source, "split": config.split, "examples": len(dataset)},
         "task": {"kind": task.kind, "label_names": list(task.label_names)},
         "metrics": result.metrics,
-        "intervals": outputs.interval(result, task.kind),
+        "intervals": intervals,
         "versions": machine.versions(),
     }
     table = Table(f"{data.source}, {config.split}", "", box=None, header_style="bold")
     for name, value in result.metrics.items():
-        interval = found["intervals"].get(name)
+        interval = intervals.get(name)
         spread = f"   95% interval {interval[0]:.4f} to {interval[1]:.4f}" if interval else ""
         table.add_row(name, f"{value:,.4f}{spread}" if name != "examples" else f"{int(value):,}")
     Console().print(table)

@@ -161,7 +161,7 @@ def _finish(
     begin = time.perf_counter()
     baselines = _baselines(pieces) if config.baselines else {}
     timings["baselines_s"] = time.perf_counter() - begin
-    found = {
+    found: dict[str, Any] = {
         "task": {"kind": data.task.kind, "label_names": list(data.task.label_names)},
         "metrics": {split: result.metrics for split, result in results.items()},
         "baselines": baselines,

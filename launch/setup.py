@@ -88,10 +88,10 @@ def task(config: DataConfig, found: list[dict[str, Any]]) -> Any:
         made = tasks.Classification.from_records(found, text=config.text, label=config.label)
         return dataclasses.replace(made, labels=names) if names else made
     if config.task == "pair":
-        made = tasks.PairClassification.from_records(
+        pair = tasks.PairClassification.from_records(
             found, first=config.text, second=config.pair, label=config.label
         )
-        return dataclasses.replace(made, labels=names) if names else made
+        return dataclasses.replace(pair, labels=names) if names else pair
     if config.task == "regression":
         paired = bool(found) and config.pair in found[0]
         second = config.pair if paired else None

@@ -104,7 +104,7 @@ class EncoderConfig:
     drop: float = 0.1
     attn_drop: float = 0.1
     head: HeadConfig | None = None
-    remat: str = "dots"
+    remat: str = "auto"
     unroll: int = 6
     attention: Implementation | None = None
 

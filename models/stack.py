@@ -18,7 +18,7 @@ from steppe.models.layout import rows
 from steppe.models.model import Masks
 from steppe.models.sites import OUTER_SITES, Hooks, Site, SiteContext
 
-REMAT = ("dots", "full", "none")
+REMAT = ("auto", "dots", "full", "none")
 
 
 def init_stack(init: Callable[[jax.Array], Any], key: jax.Array, layers: int) -> Any:
@@ -37,7 +37,7 @@ def run_stack(
     sites: Mapping[str, Site] | None = None,
     masks: Masks | None = None,
     context: SiteContext | None = None,
-    remat: str = "dots",
+    remat: str = "auto",
     unroll: int = 1,
     all_hidden: bool = False,
 ) -> jax.Array:
@@ -51,7 +51,8 @@ def run_stack(
       context: what sites see beside the layer's index and key; ``context.rng`` seeds both.
       remat: what the backward pass keeps of a layer: "none" = all intermediates, "dots" =
         outputs of the projections (the rest is cheap to compute again, and on a CPU
-        recomputing is faster than writing it to the scan's buffers), "full" = the input only.
+        recomputing is faster than writing it to the scan's buffers), "full" = the input only,
+        "auto" = "dots" for layers that are looped over and "none" for those written out.
       unroll: ranges of at most so many layers are written out instead of looped over.
       all_hidden: return the input and every layer's output, [stop - start + 1, B, T, D].
 
@@ -94,17 +95,20 @@ def run_stack(
         y = rows(hooks("resid", x, run))
         return y, (y if all_hidden else None)
 
+    length = stop - start
+    flat = length <= unroll
+    if remat == "auto":
+        remat = "none" if flat else "dots"
     if remat == "full":
         body = jax.checkpoint(body, prevent_cse=False)
     elif remat == "dots":
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-    length = stop - start
     if length == 1:  # no loop: the layer may give fewer positions than it is given
         out, single = body(rows(x), jax.tree.map(lambda a: a[0], xs))
         every = None if single is None else single[None]
     else:
         out, every = jax.lax.scan(
-            body, rows(x), xs, length=length, unroll=length if 1 < length <= unroll else 1
+            body, rows(x), xs, length=length, unroll=max(length, 1) if flat else 1
         )
     return out if every is None else jnp.concatenate([x[None], every])

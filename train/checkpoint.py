@@ -75,7 +75,6 @@ class Checkpoints:
         self._check_manifest()
         self._keep = keep
         self._pending: tuple[int, Any] | None = None
-        self._opened = False
         self._base: tuple[Any, str] = ({}, "")
 
     @property
@@ -208,10 +207,7 @@ class Checkpoints:
         self.close()
 
     def _open(self) -> None:
-        """At the first save: makes the directory, drops what a killed run left half done."""
-        if self._opened:
-            return
-        self._opened = True
+        """Makes the directory; drops what a killed run or a failed write left half done."""
         if jax.process_index() != 0:
             return
         self.directory.mkdir(parents=True, exist_ok=True)

@@ -183,7 +183,8 @@ class _Pending(NamedTuple):
 
     def ready(self) -> bool:
         """Whether the device is done with it."""
-        return all(x.is_ready() for x in jax.tree.leaves(self.metrics) if isinstance(x, jax.Array))
+        leaves = jax.tree.leaves(self.metrics)
+        return all(leaf.is_ready() for leaf in leaves if hasattr(leaf, "is_ready"))
 
 
 class _Window:

@@ -54,8 +54,10 @@ def replicated(
     each = PartitionSpec(axis_name)
 
     def axes_of(args: Sequence[Any]) -> tuple[int | None, ...]:
-        many = isinstance(in_axes, Sequence)
-        axes = tuple(in_axes) if many else (in_axes,) * len(args)  # type: ignore[arg-type]
+        if in_axes is None or isinstance(in_axes, int):
+            axes: tuple[int | None, ...] = (in_axes,) * len(args)
+        else:
+            axes = tuple(in_axes)
         if any(axis not in (0, None) for axis in axes):
             raise ValueError(f"in_axes must be 0 or None for each argument, got {in_axes}")
         if len(axes) != len(args):

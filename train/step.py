@@ -229,7 +229,7 @@ class TrainStep:
         signature = tuple((name, placed[name].shape, placed[name].dtype) for name in placed)
         program = self._programs.get(signature)
         if program is None:
-            program = self._lower(state, placed).compile()
+            program = self.compile(state, placed)
             self._programs[signature] = program
             self.compiles += 1
         live, metrics = program(_without(state), state.frozen, state.rng, placed)
@@ -250,6 +250,10 @@ class TrainStep:
         """The lowered program, for its text, FLOPs and memory; accepts abstract states."""
         abstract_batch = all(isinstance(v, jax.ShapeDtypeStruct) for v in batch.values())
         return self._lower(state, dict(batch) if abstract_batch else self.put(batch))
+
+    def compile(self, state: TrainState, batch: Batch) -> jax.stages.Compiled:
+        """The program that a call with these shapes runs, for its memory use; runs nothing."""
+        return _compile(self.lower(state, batch))
 
     def _lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
         self._check_rows(batch)
@@ -295,6 +299,23 @@ class TrainStep:
                     f"{self._microbatches} micro-batches: not divisible by the {parts} parts of "
                     f"the data axes; use a multiple of {self._microbatches * parts} rows"
                 )
+
+
+def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compiles so that donated memory is updated in place on the CPU too.
+
+    XLA's usual analysis for the CPU cannot order "new parameters read the old moments" before
+    "new moments overwrite them", and copies all of them in every step: AdamW on 22.7 million
+    parameters took 152 ms, 65 ms without donation, and takes 40 ms with this analysis.
+    """
+    if jax.default_backend() != "cpu":
+        return lowered.compile()
+    try:
+        return lowered.compile({"xla_cpu_copy_insertion_use_region_analysis": True})
+    except jax.errors.JaxRuntimeError as error:
+        if "No such compile option" not in str(error):
+            raise
+        return lowered.compile()  # another jaxlib; correct, only slower
 
 
 def split_rows(batch: Batch, parts: int, plan: MeshPlan | None = None) -> dict[str, Any]:

@@ -7,7 +7,7 @@ micro-batches, devices and steps without an error, means may not.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 from flax import struct
@@ -64,6 +64,11 @@ class TrainState:
     opt_state: Any
     extra: Any
     rng: Any
+
+    if TYPE_CHECKING:  # flax adds it; type checkers do not know
+
+        def replace(self, **changes: Any) -> TrainState:
+            """A copy with some fields changed."""
 
 
 class ModelLike(Protocol):

@@ -20,6 +20,8 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
+from steppe.launch import tuning
+
 # The parent may run with fake devices (a test suite does), which would cut up the threads.
 _FAKE_DEVICES = re.compile(r"--xla_force_host_platform_device_count=\d+\s*")
 
@@ -148,6 +150,8 @@ def serve(target: str, threads: int) -> None:
         try:
             if side is None:
                 module, _, name = target.partition(":")
+                if name == "Steppe":  # as our command line does; PyTorch keeps its memory itself
+                    tuning.prepare()
                 side = getattr(importlib.import_module(module), name)(**message)
                 answer = {"value": None}
             else:

@@ -118,7 +118,7 @@ def test_bf16_computes_in_bf16_and_stays_close(tiny, batch):
     np.testing.assert_allclose(half.logits.astype(jnp.float32), exact, atol=0.06)
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
 def test_remat_changes_no_gradient(tiny, batch, remat):
     model, params = tiny
     other = dataclasses.replace(TINY, remat=remat).build()
@@ -215,7 +215,7 @@ def test_errors_of_the_config_and_the_inputs(tiny, batch):
         dataclasses.replace(TINY, heads=3)
     with pytest.raises(ValueError, match="layers must be >= 1, got 0"):
         dataclasses.replace(TINY, layers=0)
-    with pytest.raises(ValueError, match="remat must be one of dots, full, none, got 'some'"):
+    with pytest.raises(ValueError, match="remat must be one of auto, dots, full, none, got 'some'"):
         dataclasses.replace(TINY, remat="some")
     with pytest.raises(ValueError, match="activation must be one of gelu"):
         dataclasses.replace(TINY, act="swish7")

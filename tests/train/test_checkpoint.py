@@ -236,18 +236,18 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_the_run_can_go_on(tmp_path
     )
     assert run.returncode != 0
     last = run.stderr.strip().splitlines()[-1]
-    assert "checkpoint 12 could not be written" in run.stderr, run.stderr[-2000:]
-    assert "step 8 stands" in run.stderr, last
-    assert run.stderr.count("Traceback") <= 3, run.stderr  # not one for each thread of Orbax
-    left = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
-    assert left == ["4", "8", "manifest.json"]
+    assert last.startswith("steppe.train.checkpoint.SaveFailed: checkpoint 12 could not be")
+    assert "step 8 stands" in last
+    assert "ERROR:absl" not in run.stderr  # the error comes once, not from each thread of Orbax
 
     state, train = program.setup()
     checkpoints = Checkpoints(tmp_path / "checkpoints", manifest={"config": {"seed": 0}})
+    assert checkpoints.steps == [4, 8]
     batches = toy.Batches()
     state = loop.resume(state, batches, checkpoints)
     state = loop.run(train, state, batches, steps=12, checkpoints=checkpoints)
-    assert checkpoints.steps == [8, 12]
+    left = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert left == ["12", "8", "manifest.json"]
 
 
 def test_a_failing_write_is_raised_by_the_next_call_and_says_what_stands(tmp_path, monkeypatch):
