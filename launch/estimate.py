@@ -35,7 +35,7 @@ def estimate(train: TrainStep, state: TrainState, batch: dict[str, Any]) -> dict
       and temporaries); flops (of one step on one device, as the compiler counts them:
       multiply and add are two; a scan's body counts once a layer).
     """
-    compiled = train.lower(state, batch).compile()
+    compiled = train.compile(state, batch)
     memory = compiled.memory_analysis()
     cost = compiled.cost_analysis() or {}
     out: dict[str, Any] = {

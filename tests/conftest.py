@@ -10,9 +10,12 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _flags = os.environ.get("XLA_FLAGS", "")
 if "xla_force_host_platform_device_count" not in _flags:
     # Eight device threads on two cores may join a collective late; the default is to abort
-    # the process after 40 s.
+    # the process after 40 s. And a program that comes out of the compilation cache starts its
+    # independent collectives in an order of its own on every device (jaxlib 0.10.2), so that
+    # the devices wait for each other for ever; this scheduler fixes the order.
     os.environ["XLA_FLAGS"] = (
         f"{_flags} --xla_force_host_platform_device_count=8"
+        " --xla_cpu_enable_concurrency_optimized_scheduler=false"
         " --xla_cpu_collective_call_terminate_timeout_seconds=600"
     ).strip()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
