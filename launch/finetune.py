@@ -110,7 +110,7 @@ def _train(
     def score(state: TrainState) -> Mapping[str, float]:
         result = evaluate.run(
             pieces.model,
-            pieces.full(state),
+            state.full(),
             pieces.evaluation("valid"),
             pieces.data.task,
             plan=pieces.plan,
@@ -143,7 +143,7 @@ def _finish(
 ) -> dict[str, Any]:
     """Evaluates every split but the training one, fits the baselines, exports, writes."""
     config, data = pieces.config, pieces.data
-    params = pieces.full(state)
+    params = state.full()
     results = {
         split: evaluate.run(
             pieces.model, params, pieces.evaluation(split), data.task, plan=pieces.plan

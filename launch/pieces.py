@@ -20,7 +20,6 @@ from steppe.models.overlays import lora
 from steppe.optim import basic
 from steppe.train import mesh, step
 from steppe.train.objectives import basic as objectives
-from steppe.train.types import Params, TrainState
 
 
 @dataclass(frozen=True)
@@ -57,11 +56,6 @@ class Pieces:
         return batches_.evaluate(
             self.data.splits[split], size, buckets=setup.buckets(self.config.data)
         )
-
-    def full(self, state: TrainState) -> Params:
-        """All parameters for evaluation and export: the moving average where there is one."""
-        live = state.extra.get("ema", state.params)
-        return tree.merge(live, state.frozen)
 
 
 def build(config: FinetuneConfig) -> Pieces:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 import jax
 from flax import struct
 
+from steppe.models import tree
+
 Params: TypeAlias = dict[str, Any]
 Batch: TypeAlias = Mapping[str, Any]
 # name -> (sum, weight); the value of the metric is sum / weight, after adding up both.
@@ -64,6 +66,15 @@ class TrainState:
     opt_state: Any
     extra: Any
     rng: Any
+
+    def full(self, *, average: bool = True) -> Params:
+        """All parameters, trainable and frozen, as models and objectives take them.
+
+        Args:
+          average: the moving average in place of the trainable ones, where the state has one.
+        """
+        live = self.extra.get("ema", self.params) if average else self.params
+        return tree.merge(live, self.frozen)
 
     if TYPE_CHECKING:  # flax adds it; type checkers do not know
 
