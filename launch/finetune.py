@@ -90,9 +90,8 @@ def run(config: FinetuneConfig, command: Sequence[str] = ()) -> dict[str, Any]:
     results = _finish(pieces, state, folder, list(command), timings, begin)
     from steppe.launch import report
 
-    file = report.write(folder)
+    report.write(folder)
     Console().print(report.summary(folder))
-    print(file)
     return results
 
 
