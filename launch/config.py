@@ -105,6 +105,7 @@ class FinetuneConfig:
       seed: of initial values, order and dropout.
       log_every, eval_every, save_every: in steps; 0 = eval and save once an epoch.
       keep: checkpoints to keep.
+      tensorboard: also write event files to ``RUN/tensorboard`` (needs the extra of that name).
       baselines: also fit majority class and frozen features + logistic regression.
       resume: continue the run in ``out``.
       dry_run: print the resolved config, parameter count, memory and FLOPs, and stop.
@@ -129,6 +130,7 @@ class FinetuneConfig:
     eval_every: int = 0
     save_every: int = 0
     keep: int = 2
+    tensorboard: bool = False
     baselines: bool = True
     resume: bool = False
     dry_run: bool = False

@@ -27,9 +27,22 @@ from steppe.train import checkpoint, evaluate, loop, metrics, step
 from steppe.train.types import Params, TrainState
 
 CONFIG = "config.json"
-# Settings that may differ when a run is resumed: they do not change what is computed.
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-FREE = ("resume", "dry_run", "out", "log_every", "save_every", "eval_every", "keep", "baselines")
+# Settings that may differ when a run is resumed: they change nothing that is computed, or only
+# how it is spread (equal to 1e-5, and no longer bit for bit).
+FREE = (
+    "resume",
+    "dry_run",
+    "out",
+    "log_every",
+    "save_every",
+    "eval_every",
+    "keep",
+    "baselines",
+    "tensorboard",
+    "mesh",
+    "microbatches",
+)
 
 
 def run(config: FinetuneConfig, command: Sequence[str] = ()) -> dict[str, Any]:
@@ -68,17 +81,20 @@ def run(config: FinetuneConfig, command: Sequence[str] = ()) -> dict[str, Any]:
         donate=True,
     )
     del params
+    writers: list[Any] = [metrics.JsonLines(folder / "metrics.jsonl")]
+    if config.tensorboard:
+        writers.append(metrics.TensorBoard(folder / "tensorboard"))
     manifest = {"config": _fixed(config), "base": checkpoint.fingerprint(state.frozen)}
     if not (config.resume and (folder / CONFIG).is_file()):
         outputs.write_json(folder / CONFIG, config_.to_dict(config))
-    writers: list[Any] = [metrics.JsonLines(folder / "metrics.jsonl")]
     checkpoints = checkpoint.Checkpoints(
         folder / "checkpoints", keep=config.keep, manifest=manifest
     )
     if config.resume:
         if checkpoints.latest is None:
             console.print("no checkpoint yet: starting from the beginning", style="dim")
-            writers[0].truncate(0)
+            for writer in writers:
+                writer.truncate(0)
         else:
             state = loop.resume(state, pieces.batches, checkpoints, writers)
             console.print(f"resumed at step {int(state.step)} of {pieces.steps}", style="dim")

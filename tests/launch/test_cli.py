@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -150,6 +151,18 @@ def test_freeze_and_mesh_and_microbatches_change_nothing_else(world, tmp_path):
     assert losses(a) == pytest.approx(losses(b), abs=1e-5)
 
 
+def test_resumed_on_another_mesh(world, tmp_path):
+    """Stopped half-way on one mesh, continued on another: the losses of the whole run."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    more = ("--steps=6", "--save-every=3", "--no-baselines", "--optim.schedule=constant")
+    assert cli.main(arguments(world, whole, *more, "--mesh=data=8")) == 0
+    assert cli.main(arguments(world, run, *more, "--mesh=data=8")) == 0
+    shutil.rmtree(run / "checkpoints" / "6")
+    more = (*more, "--mesh=data=4,model=2", "--microbatches=2", "--resume")
+    assert cli.main(arguments(world, run, *more)) == 0
+    assert losses(run) == pytest.approx(losses(whole), abs=1e-5)
+
+
 def test_dry_run_writes_nothing(world, tmp_path, capsys):
     assert cli.main(arguments(world, tmp_path / "run", "--dry-run")) == 0
     shown = capsys.readouterr().out
@@ -267,8 +280,6 @@ def test_bad_data(capsys, world, tmp_path):
 
 
 def test_bad_models(capsys, world, tmp_path):
-    import shutil
-
     out = tmp_path / "run"
     for name, damage, says in [
         ("gone", lambda d: shutil.rmtree(d), "does not exist"),
