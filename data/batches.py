@@ -262,11 +262,15 @@ def _identity(plan: Plan) -> dict[str, int]:
     """What the order depends on, as integers that are cheap to compare."""
     fingerprint = zlib.crc32(plan.dataset.lengths.astype("<i8").tobytes())
     fingerprint = zlib.crc32(np.asarray(plan.buckets, "<i8").tobytes(), fingerprint)
+    content = 0
+    for part in plan.dataset.content():
+        content = zlib.crc32(np.ascontiguousarray(part).tobytes(), content)
     return {
         "seed": -1 if plan.seed is None else plan.seed,
         "batch_size": plan.batch_size,
         "examples": len(plan.dataset),
         "lengths": fingerprint,
+        "content": content,
     }
 
 

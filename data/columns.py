@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import math
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +15,10 @@ from steppe.data.errors import DataError, column, listing, row_name, shorten
 from steppe.data.text import Encoding, Tokenizer
 
 Records = Sequence[dict[str, Any]]
+
+# More than any classification task has; beyond it a column holds something else.
+MOST_CLASSES = 10_000
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)")
 
 
 def texts(records: Records, name: str, option: str) -> list[str]:
@@ -31,61 +38,100 @@ def texts(records: Records, name: str, option: str) -> list[str]:
     return found
 
 
-def class_index(value: Any, names: Sequence[str], row: int, record: dict[str, Any]) -> int:
-    """The class of a label: a name, or an integer in range (also as text, as CSV files have it).
+def class_name(value: Any, name: str, row: int, record: Mapping[str, Any]) -> str:
+    """The name of a label, the same for 4, 4.0, "4" and " 4.0 ", however a file writes it.
 
     Raises:
-      DataError: out of range or not among the classes; names the row.
+      DataError: blank, or neither text nor a number; names the row.
     """
     if isinstance(value, str):
-        if value in names:
-            return names.index(value)
-        if not value.strip().lstrip("-").isdigit():
+        text = value.strip()
+        if not text:
             raise DataError(
-                f"{row_name(row, record)}: label {value!r} is not among the classes "
-                f"{listing(names)}; fix the row or give labels= with all classes"
+                f"{row_name(row, record)}: column {name!r} is empty; drop the row or fill it in"
             )
-        value = int(value)
-    if isinstance(value, (bool, np.bool_)):
-        value = int(value)
-    if not isinstance(value, (int, np.integer)):
+        return _number_name(float(text)) if _NUMBER.fullmatch(text) else text
+    numeric = isinstance(value, (bool, np.bool_, int, np.integer, float, np.floating))
+    if numeric and math.isfinite(value):
+        return _number_name(float(value))
+    raise DataError(
+        f"{row_name(row, record)}: label {shorten(value)} is neither a class name nor an integer"
+    )
+
+
+def class_index(
+    value: Any, names: Sequence[str], row: int, record: dict[str, Any], name: str = "label"
+) -> int:
+    """The class of a label: by its name, numbers by value (4 is "4.0").
+
+    Where no class is called by a number, an integer is the position of the class, as data sets
+    with named classes have it. Otherwise it never is: 1 among the classes 1, 2, 3 is the first.
+
+    Raises:
+      DataError: not among the classes, or out of range; names the row.
+    """
+    table = _class_table(tuple(names))
+    label = class_name(value, name, row, record)
+    if label in table:
+        return table[label]
+    if not _NUMBER.fullmatch(label):
+        raise DataError(
+            f"{row_name(row, record)}: label {value!r} is not among the classes "
+            f"{listing(names)}; fix the row or name all classes"
+        )
+    number = float(label)
+    if any(_NUMBER.fullmatch(known) for known in table):
+        raise DataError(
+            f"{row_name(row, record)}: label {value!r} is not among the classes {listing(names)}; "
+            "fix the row or name all classes"
+        )
+    if number != int(number):
         raise DataError(
             f"{row_name(row, record)}: label {shorten(value)} is neither a class name "
             "nor an integer"
         )
-    if not 0 <= value < len(names):
+    if not 0 <= number < len(names):
         raise DataError(
-            f"{row_name(row, record)}: label {value} is out of range for {len(names)} classes "
+            f"{row_name(row, record)}: label {label} is out of range for {len(names)} classes "
             f"(0 to {len(names) - 1}: {listing(names)})"
         )
-    return int(value)
+    return int(number)
 
 
 def class_names(records: Records, name: str) -> tuple[str, ...]:
-    """The classes that occur: names sorted, or "0" to the largest integer.
+    """The classes that occur, numbers by value and names alphabetically.
 
     Raises:
-      DataError: a record lacks the label, or names and integers are mixed.
+      DataError: a record lacks the label, names and integers are mixed, or there are so many
+        different labels that the column cannot be one of classes.
     """
-    values: set[Any] = set()
+    found: set[str] = set()
+    typed: Any = None  # a label that the file gives as a number, not as text
     for row, record in enumerate(records):
         value = column(record, name, row, option="label")
-        if not isinstance(value, (str, int, np.integer)):
-            raise DataError(
-                f"{row_name(row, record)}: label {shorten(value)} is neither a class name "
-                "nor an integer"
-            )
-        values.add(value)
-    if values and all(isinstance(value, (int, np.integer)) for value in values):
-        return tuple(str(number) for number in range(max(0, int(max(values))) + 1))
-    if not all(isinstance(value, str) for value in values):
-        odd = next(value for value in values if not isinstance(value, str))
+        found.add(class_name(value, name, row, record))
+        typed = value if not isinstance(value, str) else typed
+    numbers = {label for label in found if _NUMBER.fullmatch(label)}
+    if typed is not None and numbers != found:
         raise DataError(
-            f"column {name!r} mixes class names with {shorten(odd)}; use one or the other"
+            f"column {name!r} mixes class names with {shorten(typed)}; use one or the other"
         )
-    if len(values) > 1 and all(value.isdigit() for value in values):
-        return tuple(str(number) for number in range(max(map(int, values)) + 1))
-    return tuple(sorted(values))
+    if len(found) > MOST_CLASSES:
+        raise DataError(
+            f"column {name!r} holds {len(found)} different labels in {len(records)} rows, more "
+            f"than {MOST_CLASSES}; is it an id, or a number to regress on?"
+        )
+    return tuple(sorted(found, key=float)) if numbers == found else tuple(sorted(found))
+
+
+def _number_name(number: float) -> str:
+    return str(int(number)) if number == int(number) else repr(number)
+
+
+@functools.lru_cache(maxsize=32)
+def _class_table(names: tuple[str, ...]) -> dict[str, int]:
+    """Canonical name -> class."""
+    return {class_name(name, "classes", i, {}): i for i, name in enumerate(names)}
 
 
 def check_names(names: tuple[str, ...]) -> None:

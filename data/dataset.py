@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
@@ -105,6 +105,14 @@ class Dataset:
             "label_mask": 1.0 if self.label_mask is None else self.label_mask[index],
             "record": int(self.record_index[index]),
         }
+
+    def content(self) -> Iterator[np.ndarray]:
+        """The arrays that say what is learnt: token ids and labels, for a fingerprint."""
+        for part in (self.input_ids, self.labels):
+            if isinstance(part, Ragged):
+                yield from (part.flat, part.starts)
+            elif part is not None:
+                yield np.asarray(part)
 
     def record(self, index: int) -> dict[str, Any]:
         """The record that an example comes from."""

@@ -6,6 +6,7 @@ Every mistake of the user's ends in one line on stderr and exit status 2, withou
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _dispatch(args)
     except KeyboardInterrupt as stop:
         # The loop raises a subclass whose text says what was saved and how to go on.
-        print(f"steppe: {stop or 'interrupted; nothing was being written'}", file=sys.stderr)
+        print(f"steppe: {str(stop) or 'interrupted'}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -50,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         OSError,
         KeyError,
         ImportError,
-        NotImplementedError,
+        MemoryError,
+        RuntimeError,
         ArithmeticError,
     ) as error:
         if os.environ.get("STEPPE_DEBUG"):
@@ -148,10 +150,15 @@ def _evaluate(args: list[str]) -> int:
     # The model stands first, without a flag, as everybody would type it.
     if args and not args[0].startswith("-"):
         args = ["--model", *args]
-    config = _parse(EvaluateConfig, args, "evaluate")
+    model = next((a for f, a in itertools.pairwise(args) if f == "--model"), "")
+    model = next((a.split("=", 1)[1] for a in args if a.startswith("--model=")), model)
     from steppe.launch import evaluation
 
-    evaluation.run(config)
+    # A run's own data settings are the default, so that any of them can be set, even back to
+    # the default of a fresh one.
+    own = evaluation.own_data(model) if model else None
+    default = EvaluateConfig(model) if own is None else EvaluateConfig(model, own)
+    evaluation.run(_parse(EvaluateConfig, args, "evaluate", default if model else None))
     return 0
 
 

@@ -25,7 +25,8 @@ class DataConfig:
       source: address, such as ``asset:vader/movies``, ``file:reviews.csv``, ``hf:imdb``.
       task: what is predicted.
       text: column of the text (of the words for token tasks, of the question for span).
-      pair: column of the second text (of the context for span).
+      pair: column of the second text (of the context for span); a regression reads it too
+        where the data has it.
       label: column of the label.
       classes: names of the classes in order; empty = those found, sorted.
       split: split of the source to read, for sources that have several.
@@ -46,6 +47,12 @@ class DataConfig:
     limit: int = 0
     max_length: int = 128
     buckets: tuple[int, ...] = (32, 64, 128)
+
+    def __post_init__(self) -> None:
+        if self.limit < 0:
+            raise ValueError(f"data.limit must be >= 0, got {self.limit}")
+        if self.max_length < 1:
+            raise ValueError(f"data.max_length must be >= 1, got {self.max_length}")
 
 
 @dataclass(frozen=True)
@@ -165,17 +172,22 @@ class EvaluateConfig:
 
     Attributes:
       model: run folder (its ``model/`` is taken), model folder, or ``asset:NAME`` with a head.
-      data: examples; a run folder's own settings are the default where ``source`` is empty.
-      split: train, valid or test of the hash split, or ``all`` examples.
+      data: examples; for a run folder, its own settings where they are not given here.
+      split: train, valid or test of the hash split, or ``all`` examples; ``auto`` = test on
+        the run's own source, all examples of any other.
       batch_size: examples a forward pass.
       out: JSON file for the result; empty = print only.
     """
 
     model: str
     data: DataConfig = field(default_factory=lambda: DataConfig(source=""))
-    split: Literal["train", "valid", "test", "all"] = "test"
+    split: Literal["auto", "train", "valid", "test", "all"] = "auto"
     batch_size: int = 64
     out: str = ""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be >= 1, got {self.batch_size}")
 
 
 def _slug(address: str) -> str:
@@ -212,6 +224,8 @@ def from_dict(kind: type, values: Mapping[str, Any]) -> Any:
     Raises:
       ValueError: an unknown setting, or one of the wrong form.
     """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{kind.__name__} must be an object, got {type(values).__name__}")
     fields = {f.name: f for f in dataclasses.fields(kind)}
     unknown = sorted(set(values) - set(fields))
     if unknown:

@@ -29,15 +29,17 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     from rich.console import Console
     from rich.table import Table
 
-    folder = Path(config.model)
-    trained = folder / "model" if (folder / "config.json").is_file() else folder
-    own: DataConfig | None = None
-    if not config.model.startswith("asset:") and (folder / "model").is_dir():
-        own = config_.read(folder).data
-        origin = setup.origin(str(trained))
-    else:
-        origin = setup.origin(config.model)
-    data = _data(config.data, own, config.model)
+    own = own_data(config.model)
+    origin = setup.origin(config.model if own is None else str(Path(config.model) / "model"))
+    data = config.data if config.data.source or own is None else own
+    if not data.source:
+        raise ValueError(
+            f"{config.model!r} is not a run folder; say what to evaluate: --data.source ..."
+        )
+    split: str = config.split
+    if split == "auto":
+        # The hash split of another source would be a tenth of it, and means nothing there.
+        split = "test" if own is not None and own.source == data.source else "all"
     loaded = pretrained.load(origin.weights)
     head = loaded.model.config.head
     if head is None:
@@ -45,7 +47,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             f"model {config.model!r} has no head to evaluate; fine-tune it first, "
             "or give the folder of a run"
         )
-    task, dataset = _dataset(data, config, origin, loaded)
+    task, dataset = _dataset(data, split, origin, loaded)
     if task.kind != head.kind:
         raise ValueError(
             f"the model has a {head.kind} head, but data.task gives a {task.kind} task"
@@ -61,13 +63,13 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     intervals = outputs.interval(result, task.kind)
     found: dict[str, Any] = {
         "model": config.model,
-        "data": {"source": data.source, "split": config.split, "examples": len(dataset)},
+        "data": {"source": data.source, "split": split, "examples": len(dataset)},
         "task": {"kind": task.kind, "label_names": list(task.label_names)},
         "metrics": result.metrics,
         "intervals": intervals,
         "versions": machine.versions(),
     }
-    table = Table(f"{data.source}, {config.split}", "", box=None, header_style="bold")
+    table = Table(f"{data.source}, {split}", "", box=None, header_style="bold")
     for name, value in result.metrics.items():
         interval = intervals.get(name)
         spread = f"   95% interval {interval[0]:.4f} to {interval[1]:.4f}" if interval else ""
@@ -78,25 +80,16 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     return found
 
 
-def _data(given: DataConfig, own: DataConfig | None, name: str) -> DataConfig:
-    """The run's settings, with whatever was given on top."""
-    if own is None:
-        if not given.source:
-            raise ValueError(
-                f"{name!r} is not a run folder; say what to evaluate: --data.source ..."
-            )
-        return given
-    blank = DataConfig(source="")
-    changed = {
-        f.name: getattr(given, f.name)
-        for f in dataclasses.fields(DataConfig)
-        if getattr(given, f.name) != getattr(blank, f.name)
-    }
-    return dataclasses.replace(own, **changed)
+def own_data(model: str) -> DataConfig | None:
+    """The data settings of a run folder; None for anything else."""
+    folder = Path(model)
+    if model.startswith("asset:") or not (folder / "model").is_dir():
+        return None
+    return config_.read(folder).data
 
 
 def _dataset(
-    data: DataConfig, config: EvaluateConfig, origin: setup.Origin, loaded: pretrained.Loaded
+    data: DataConfig, split: str, origin: setup.Origin, loaded: pretrained.Loaded
 ) -> tuple[Any, Any]:
     bare = loaded.model.config
     setup.check_fit(data, bare.max_length)
@@ -105,11 +98,11 @@ def _dataset(
     found = setup.records(data)
     names = data.classes or _named(loaded.labels)
     task = setup.task(dataclasses.replace(data, classes=names), found)
-    if config.split == "all":
+    if split == "all":
         rows = found
     else:
         shares = dict(zip(setup.SPLITS, data.fractions, strict=True))
-        rows = splits.by_hash(found, shares)[config.split]
+        rows = splits.by_hash(found, shares)[split]
     return task, task.encode(rows, tokenizer, data.max_length)
 
 

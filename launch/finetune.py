@@ -100,10 +100,18 @@ def run(config: FinetuneConfig, command: Sequence[str] = ()) -> dict[str, Any]:
             console.print(f"resumed at step {int(state.step)} of {pieces.steps}", style="dim")
 
     begin = time.perf_counter()
-    state = _train(pieces, state, checkpoints, writers, console)
-    timings["train_s"] = time.perf_counter() - begin
-    begin = time.perf_counter()
-    results = _finish(pieces, state, folder, list(command), timings, begin)
+    try:
+        state = _train(pieces, state, checkpoints, writers, console)
+        timings["train_s"] = time.perf_counter() - begin
+        begin = time.perf_counter()
+        results = _finish(pieces, state, folder, list(command), timings, begin)
+    except loop.Interrupted:
+        raise
+    except KeyboardInterrupt:
+        raise loop.Interrupted(
+            f"interrupted; what {folder} holds is complete as far as it goes. "
+            "Give the same command with --resume to go on"
+        ) from None
     from steppe.launch import report
 
     report.write(folder)

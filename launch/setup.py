@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,19 +81,24 @@ def records(config: DataConfig) -> list[dict[str, Any]]:
 
 
 def task(config: DataConfig, found: list[dict[str, Any]]) -> Any:
-    """The task of the settings; classes that are not given are those found, sorted."""
+    """The task of the settings; classes that are not given are those found, sorted.
+
+    Raises:
+      ValueError: a second column is asked for that the task or the data does not have.
+    """
+    _check_pair(config, found)
     names = config.classes
     if config.task == "classification":
-        made = tasks.Classification.from_records(found, text=config.text, label=config.label)
-        return dataclasses.replace(made, labels=names) if names else made
+        if names:
+            return tasks.Classification(names, text=config.text, label=config.label)
+        return tasks.Classification.from_records(found, text=config.text, label=config.label)
     if config.task == "pair":
-        pair = tasks.PairClassification.from_records(
-            found, first=config.text, second=config.pair, label=config.label
-        )
-        return dataclasses.replace(pair, labels=names) if names else pair
+        columns = {"first": config.text, "second": config.pair, "label": config.label}
+        if names:
+            return tasks.PairClassification(names, **columns)
+        return tasks.PairClassification.from_records(found, **columns)
     if config.task == "regression":
-        paired = bool(found) and config.pair in found[0]
-        second = config.pair if paired else None
+        second = config.pair if found and config.pair in found[0] else None
         return tasks.Regression(text=config.text, target=config.label, second=second)
     if config.task == "token":
         options = _token_options(config, found)
@@ -104,6 +108,21 @@ def task(config: DataConfig, found: list[dict[str, Any]]) -> Any:
     if config.task == "span":
         return tasks.SpanQA(question=config.text, context=config.pair, answers=config.label)
     return tasks.MaskedLM(text=config.text)
+
+
+def _check_pair(config: DataConfig, found: list[dict[str, Any]]) -> None:
+    default = DataConfig().pair
+    if config.pair == default or config.task in ("pair", "span"):
+        return
+    if config.task != "regression":
+        raise ValueError(
+            f"data.pair={config.pair!r} is not read by a {config.task} task; "
+            "use --data.task pair for two texts"
+        )
+    if found and config.pair not in found[0]:
+        raise ValueError(
+            f"data.pair={config.pair!r} is not a column of the data, only {', '.join(found[0])}"
+        )
 
 
 def divide(config: DataConfig, found: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -17,10 +17,15 @@ def attention_mask(mask: jax.Array | None) -> Bool[Array, "B 1 T_or_1 S"] | None
     """Turns [B, S] or [B, T, S] (non-zero = visible) into a boolean mask over heads and queries.
 
     Raises:
-      ValueError: the mask has another rank.
+      ValueError: the mask has another rank, or is of floats.
     """
     if mask is None:
         return None
+    if jnp.issubdtype(mask.dtype, jnp.floating):
+        raise ValueError(
+            f"attention_mask must be boolean or integer (non-zero = visible), got {mask.dtype}; "
+            "an additive mask would be read the wrong way round"
+        )
     if mask.ndim == 2:
         return (mask != 0)[:, None, None, :]
     if mask.ndim == 3:

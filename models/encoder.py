@@ -254,6 +254,7 @@ class _Encoder:
             words = run(self.word, p["word"], ids)
         else:
             raise ValueError("the batch holds no input_ids and no embeds are given")
+        _check_inputs(batch, words.shape)
         positions = batch.get("position_ids")
         if positions is None:
             positions = self._positions(ids, words.shape[1])
@@ -382,6 +383,20 @@ class _Encoder:
     ) -> Hooks:
         deltas = {n: s.delta for n, s in (sites or {}).items() if n in OUTER_SITES}
         return Hooks(sites, deltas, SiteContext(rng=rng, train=train, mask=mask))
+
+
+def _check_inputs(batch: Batch, shape: tuple[int, ...]) -> None:
+    """Shapes that would broadcast instead of failing."""
+    rows, length = shape[:2]
+    if rows == 0 or length == 0:
+        raise ValueError(f"the batch is empty: {rows} rows of {length} tokens")
+    for name in ("input_ids", "token_type_ids", "attention_mask"):
+        value = batch.get(name)
+        if value is None:
+            continue
+        full = (rows, length, length) if value.ndim == 3 else (rows, length)
+        if tuple(value.shape) != full:
+            raise ValueError(f"batch[{name!r}] must have shape {full}, got {tuple(value.shape)}")
 
 
 def relative_buckets(length: int, buckets: int, distance: int) -> jax.Array:

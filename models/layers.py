@@ -104,7 +104,9 @@ class Embedding(nn.Module):
         )
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        return jnp.take(self.table, ids, axis=0)
+        """Rows of the table; an id outside it, negative ones too, gives NaN and not a row."""
+        ids = jnp.asarray(ids)
+        return jnp.take(self.table, jnp.where(ids < 0, self.size, ids), axis=0)
 
 
 class Attention(nn.Module):
@@ -182,6 +184,10 @@ class Attention(nn.Module):
             whole_queries=t,
         )
         if head_mask is not None:
+            if head_mask.shape != (self.heads,):
+                raise ValueError(
+                    f"masks.head must have {self.heads} heads a layer, got {head_mask.shape[-1]}"
+                )
             context_vectors = context_vectors * head_mask[:, None].astype(context_vectors.dtype)
         out = Dense(self.features, self.use_bias, name="o")
         return hooks("attn.o", context_vectors.reshape(b, n, -1), out, **context)
@@ -208,6 +214,10 @@ class FeedForward(nn.Module):
         else:
             y = act(y)
         if ffn_mask is not None:
+            if ffn_mask.shape != (self.width,):
+                raise ValueError(
+                    f"masks.ffn must have {self.width} units a layer, got {ffn_mask.shape[-1]}"
+                )
             y = y * ffn_mask.astype(y.dtype)
         return hooks("ffn.out", y, Dense(self.features, self.use_bias, name="out"), **context)
 

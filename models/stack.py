@@ -26,6 +26,22 @@ def init_stack(init: Callable[[jax.Array], Any], key: jax.Array, layers: int) ->
     return jax.vmap(init)(jax.random.split(key, layers))
 
 
+def _check_depth(params: Any, masks: Masks | None, layers: int) -> None:
+    """A scan would quietly run the first layers of a deeper stack or mask."""
+    for leaf in jax.tree.leaves(params):
+        if leaf.ndim == 0 or leaf.shape[0] != layers:
+            raise ValueError(
+                f"the parameters hold {leaf.shape[0] if leaf.ndim else 'no'} layers, the config "
+                f"{layers}; they are of another model"
+            )
+    for name, mask, ndim in zip(Masks._fields, masks or (), (2, 2, 1)):
+        if mask is not None and (mask.ndim != ndim or mask.shape[0] != layers):
+            wanted = "[L]" if ndim == 1 else "[L, H]" if name == "head" else "[L, F]"
+            raise ValueError(
+                f"masks.{name} must be {wanted} with L = {layers}, got shape {tuple(mask.shape)}"
+            )
+
+
 def run_stack(
     block: Callable[..., jax.Array],
     params: Any,
@@ -57,13 +73,15 @@ def run_stack(
       all_hidden: return the input and every layer's output, [stop - start + 1, B, T, D].
 
     Raises:
-      ValueError: the range is not within the stack, or remat is unknown.
+      ValueError: the range is not within the stack, params or masks are of another depth, or
+        remat is unknown.
     """
     stop = layers if stop is None else stop
     if not 0 <= start <= stop <= layers:
         raise ValueError(f"layers {start}:{stop} are not within a stack of {layers}")
     if remat not in REMAT:
         raise ValueError(f"remat must be one of {', '.join(REMAT)}, got {remat!r}")
+    _check_depth(params, masks, layers)
     context = context or SiteContext()
     masks = masks or Masks()
     inner = {n: s.delta for n, s in (sites or {}).items() if n not in OUTER_SITES}

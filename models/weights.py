@@ -168,8 +168,13 @@ def atomic_directory(target: Path, keep: tuple[str, ...] = ()) -> Iterator[Path]
         if target.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
             target.rename(old / target.name)
-            scratch.rename(target)
-            shutil.rmtree(old)
+            try:
+                scratch.rename(target)
+            except BaseException:
+                (old / target.name).rename(target)
+                raise
+            finally:
+                shutil.rmtree(old, ignore_errors=target.exists())
         else:
             scratch.rename(target)
     except BaseException:

@@ -160,7 +160,12 @@ def read_common(config: Mapping[str, Any], keys: Mapping[str, str], **more: Any)
     for ours, theirs in keys.items():
         if theirs not in config:
             raise ValueError(f"config.json lacks {theirs!r}")
-        values[ours] = config[theirs]
+        value = config[theirs]
+        wanted = str if ours == "act" else (int, float)
+        if not isinstance(value, wanted) or isinstance(value, bool):
+            kind = "text" if wanted is str else "a number"
+            raise ValueError(f"config.json: {theirs} must be {kind}, got {value!r}")
+        values[ours] = value
     values["act"] = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}.get(
         values["act"], values["act"]
     )

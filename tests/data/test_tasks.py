@@ -41,6 +41,9 @@ def test_classification(tokenizer, reviews):
         (["b", "a"], ("a", "b")),
         (["b", "1"], ("1", "b")),
         ([np.int64(1), 0], ("0", "1")),
+        ([5, 1, 3], ("1", "3", "5")),  # those that occur, not 0 to 5
+        (["10", "9.0", " 9"], ("9", "10")),
+        ([1, 3_000_000], ("1", "3000000")),
     ],
 )
 def test_classes_are_gathered(tokenizer, values, names):
@@ -135,3 +138,16 @@ def test_tasks_are_frozen_values(task):
     assert hash(task) == hash(dataclasses.replace(task))
     with pytest.raises(dataclasses.FrozenInstanceError):
         task.text = "x"
+
+
+def test_a_label_means_the_same_however_it_is_written():
+    from steppe.data.columns import class_index
+
+    for names in (("1", "2", "3"), ("1.0", "2.0", "3.0")):
+        for value in (2, 2.0, "2", "2.0", " 2 ", np.int64(2)):
+            assert class_index(value, names, 0, {}) == 1
+    assert class_index(1, ("bad", "good"), 0, {}) == 1  # a position, among named classes only
+    with pytest.raises(DataError, match="label 0 is not among the classes 1, 2, 3"):
+        class_index(0, ("1", "2", "3"), 0, {})
+    with pytest.raises(DataError, match="row 7: column 'label' is empty"):
+        class_index("  ", ("a", "b"), 7, {})

@@ -107,6 +107,34 @@ def test_evaluate_gives_the_same_numbers(finished, tmp_path, capsys):
     assert "accuracy" in capsys.readouterr().out
 
 
+def test_evaluate_on_other_data_takes_all_of_it(finished, world, tmp_path):
+    """Another file is not split again, its numbers are classes by value, settings can be undone."""
+    rows = [json.loads(line) for line in (world / "data.jsonl").read_text().splitlines()]
+    other = tmp_path / "other.csv"
+    other.write_text("text,label\n" + "".join(f"{r['text']},{r['label']}\n" for r in rows[:30]))
+    out = tmp_path / "e.json"
+    assert cli.main(["evaluate", str(finished), f"--data.source=file:{other}", f"--out={out}"]) == 0
+    found = json.loads(out.read_text())
+    assert found["data"] == {"source": f"file:{other}", "split": "all", "examples": 30}
+    assert found["metrics"]["accuracy"] > 0.9
+    positive = tmp_path / "positive.csv"  # one class only: the model knows the others
+    positive.write_text("text,label\nthe film was good,pos\n")
+    assert cli.main(["evaluate", str(finished), f"--data.source=file:{positive}"]) == 0
+
+
+def test_resume_notices_other_labels(world, tmp_path, capsys):
+    file, run = tmp_path / "data.jsonl", tmp_path / "run"
+    text = (world / "data.jsonl").read_text()
+    file.write_text(text)
+    source = f"--data.source=file:{file}"
+    more = (source, "--steps=4", "--save-every=2", "--no-baselines")
+    assert cli.main(arguments(world, run, *more)) == 0
+    capsys.readouterr()
+    file.write_text(text.replace('"pos"', '"x"').replace('"neg"', '"pos"').replace('"x"', '"neg"'))
+    assert cli.main(arguments(world, run, *more, "--resume")) == 2
+    assert "another content" in capsys.readouterr().err
+
+
 def test_lora_run_exports_a_merged_model(world, tmp_path):
     more = ("--steps=4", "--lora.rank=2", "--ema=0.9", "--no-baselines", "--compute-dtype=bfloat16")
     assert cli.main(arguments(world, tmp_path / "run", *more)) == 0
@@ -248,6 +276,8 @@ def test_settings_out_of_range(capsys, world, tmp_path):
         (["--batch-size=6", "--microbatches=4", "--mesh=data=8"], "batch_size=6"),
         (["--mesh=data=3"], "devices"),
         (["--mesh=data:3"], "mesh must look like data=4,model=2"),
+        (["--data.limit=-5"], "data.limit must be >= 0, got -5"),
+        (["--data.pair=b"], "data.pair='b' is not read by a classification task"),
         (["--data.max-length=99"], "longer than the model's 24 positions"),
         (["--freeze", "nothing"], "freeze='nothing' matches no parameter"),
         (["--lora.rank=99"], "rank must be <= 16"),

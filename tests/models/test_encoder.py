@@ -223,8 +223,8 @@ def test_errors_of_the_config_and_the_inputs(tiny, batch):
         HeadConfig("ner")
     with pytest.raises(ValueError, match="a regression head has num_labels=1, got 2"):
         HeadConfig("regression", 2)
-    with pytest.raises(ValueError, match=r"attention_mask must be \[batch, keys\]"):
-        model.apply(params, {**batch, "attention_mask": np.ones(9)})
+    with pytest.raises(ValueError, match="must have shape"):
+        model.apply(params, {**batch, "attention_mask": np.ones(9, int)})
 
 
 def test_relative_buckets_against_the_definition():
@@ -257,3 +257,30 @@ def test_the_config_is_a_value():
         EncoderConfig(**{f.name: getattr(TINY, f.name) for f in dataclasses.fields(TINY)}) == TINY
     )
     assert TINY.max_length == 20
+
+
+def test_inputs_that_would_pass_in_silence(tiny, batch):
+    """Wrong depths, shapes and dtypes that would otherwise broadcast or be cut off."""
+    model, params = TINY.build(), tiny[1]
+    shallow = dataclasses.replace(TINY, layers=3).build()
+    with pytest.raises(ValueError, match="parameters hold 4 layers, the config 3"):
+        shallow.apply(params, batch)
+    for masks, says in [
+        (Masks(layer=jnp.zeros(5)), r"masks.layer must be \[L\] with L = 4, got shape \(5,\)"),
+        (Masks(head=jnp.zeros((5, 2))), r"masks.head must be \[L, H\]"),
+        (Masks(head=jnp.zeros((4, 1))), "masks.head must have 2 heads a layer, got 1"),
+        (Masks(ffn=jnp.zeros((4, 1))), "masks.ffn must have 24 units a layer, got 1"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            model.apply(params, batch, masks=masks)
+    additive = (1.0 - batch["attention_mask"]) * -1e4
+    with pytest.raises(ValueError, match="attention_mask must be boolean or integer"):
+        model.apply(params, {**batch, "attention_mask": additive})
+    for name in ("attention_mask", "token_type_ids"):
+        with pytest.raises(ValueError, match=rf"'{name}'\] must have shape \(4, 9\), got \(4, 1\)"):
+            model.apply(params, {**batch, name: np.ones((4, 1), np.int32)})
+    with pytest.raises(ValueError, match="the batch is empty: 0 rows of 9 tokens"):
+        model.apply(params, {"input_ids": np.zeros((0, 9), np.int32)})
+    negative = np.full((1, 4), 3, np.int32)
+    negative[0, 2] = -1
+    assert np.isnan(model.apply(params, {"input_ids": negative}).logits).all()

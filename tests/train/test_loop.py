@@ -286,10 +286,15 @@ def test_a_second_ctrl_c_stops_at_once(train):
         os.kill(os.getpid(), signal.SIGINT)
         return batch
 
-    with pytest.raises(KeyboardInterrupt) as caught:
-        loop.run(train, fresh(), toy.Batches(act={2: twice}), steps=20)
-    assert not isinstance(caught.value, Interrupted)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    # A job in the background of a shell is started with SIGINT ignored: say what we start from.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt) as caught:
+            loop.run(train, fresh(), toy.Batches(act={2: twice}), steps=20)
+        assert not isinstance(caught.value, Interrupted)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_without_checkpoints_an_interrupt_says_that_nothing_is_saved(train):
