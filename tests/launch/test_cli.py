@@ -298,10 +298,10 @@ def test_bad_data(capsys, world, tmp_path):
     few = "".join(f'{{"id": "{i}", "text": "good", "label": "x{i % 2}"}}\n' for i in range(40))
     for source, more, says in [
         (file("a.csv", "text,label\ngood,\n"), [], "row 0"),
-        (file("b.csv", "txt,label\ngood,pos\n"), [], "has no column 'text'"),
+        (file("b.csv", "txt,label\n" + "good,pos\nbad,neg\n" * 30), [], "has no column 'text'"),
         (file("c.txt", "caf\xe9\n", "latin-1"), ["--data.task=mlm"], "UTF-8"),
-        (file("d.jsonl", few), ["--data.classes", "x0", "y"], "row 1"),
-        (file("e.jsonl", few[:200]), [], "empty"),
+        (file("d.jsonl", few), ["--data.classes", "x0", "y"], "is not among the classes x0, y"),
+        (file("e.jsonl", "".join(few.splitlines(True)[:4])), [], "empty"),
         (f"--data.source=file:{tmp_path / 'none.csv'}", [], "none.csv"),
         ("--data.source=ftp:x", [], "file:"),
     ]:
