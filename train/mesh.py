@@ -17,12 +17,12 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from steppe.models.layout import DATA_AXES
 from steppe.train.types import TrainState
 
 Axes = tuple[str | tuple[str, ...] | None, ...]
 Rules = Sequence[tuple[str, Sequence[str | tuple[str, ...] | None]]]
 
-DATA_AXES = ("data", "fsdp")
 REPLICATE: Rules = ((".*", ()),)
 
 

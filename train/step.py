@@ -11,6 +11,7 @@ the same batch, random numbers, micro-batches, precision and mesh, and ``value``
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -272,7 +273,9 @@ class TrainStep:
         def program(
             live: TrainState, frozen: Params, rng: jax.Array, batch: Batch
         ) -> tuple[TrainState, Metrics]:
-            new, metrics = self.fn(live.replace(frozen=frozen, rng=rng), batch)
+            # Models keep the rows of their activations on the data axes of this mesh.
+            with _known(self.plan):
+                new, metrics = self.fn(live.replace(frozen=frozen, rng=rng), batch)
             return _without(new), metrics
 
         jitted = jax.jit(
@@ -316,6 +319,13 @@ def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
         if "No such compile option" not in str(error):
             raise
         return lowered.compile()  # another jaxlib; correct, only slower
+
+
+def _known(plan: MeshPlan | None) -> contextlib.AbstractContextManager[Any]:
+    """Makes the mesh known to the models that are traced inside; see ``models.layout``."""
+    if plan is None:
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(plan.mesh.abstract_mesh)
 
 
 def split_rows(batch: Batch, parts: int, plan: MeshPlan | None = None) -> dict[str, Any]:
