@@ -6,7 +6,8 @@ micro-batches come first (the compiler drops the forward pass when weights only 
 labels), then every micro-batch contributes the gradient of ``sum_k total_k / W_k``.
 
 A transform may ask for the gradient elsewhere: ``update`` receives ``grad_fn(params)`` over
-the same batch, random numbers, micro-batches, precision and mesh, and ``value``, the loss.
+the same batch, random numbers, micro-batches, precision and mesh, and ``value``, the loss; and
+``fisher_fn(params)``, the mean squared gradient of the batch's examples (see ``fisher``).
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ import numpy as np
 import optax
 
 from steppe.models import tree
-from steppe.train import types
+from steppe.train import fisher, types
 from steppe.train.mesh import MeshPlan, put
+from steppe.train.microbatch import split_rows
 from steppe.train.types import Batch, Metrics, ModelLike, Objective, Params, TrainState
 
 EVERYTHING = (".*",)
@@ -181,7 +183,13 @@ def make(
             grads,
             state.opt_state,
             state.params,
-            grad_fn=lambda params: gradient(params)[3],
+            grad_fn=_partial(lambda params: gradient(params)[3], state.params),
+            fisher_fn=_partial(
+                lambda params: fisher.diagonal(
+                    objective, params, frozen, batch, plan, compute_dtype=compute_dtype
+                ),
+                state.params,
+            ),
             value=loss,
         )
         params = optax.apply_updates(state.params, updates)
@@ -328,23 +336,26 @@ def _known(plan: MeshPlan | None) -> contextlib.AbstractContextManager[Any]:
     return jax.sharding.use_abstract_mesh(plan.mesh.abstract_mesh)
 
 
-def split_rows(batch: Batch, parts: int, plan: MeshPlan | None = None) -> dict[str, Any]:
-    """``[B, ...]`` -> ``[parts, B / parts, ...]``; part i holds the rows i, i + parts, ...
+def _partial(fn: Callable[[Params], Params], whole: Params) -> Callable[[Params], Params]:
+    """``fn`` for callers that see a part of the tree only.
 
-    With this order a device that holds a block of rows holds a block of every part, so no
-    row moves between devices. Scalars are repeated.
+    ``optax.partition`` and ``optax.masked`` show an inner transform ``MaskedNode`` in place of
+    the leaves that are not its own. Those are taken from ``whole``, and left out of the result.
     """
 
-    def one(value: jax.Array) -> jax.Array:
-        if not value.ndim:
-            return jnp.broadcast_to(value, (parts,))
-        rows = value.reshape(value.shape[0] // parts, parts, *value.shape[1:])
-        stacked = jnp.swapaxes(rows, 0, 1)
-        if plan is None:
-            return stacked
-        return jax.lax.with_sharding_constraint(stacked, plan.rows(leading=1))
+    def masked(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
 
-    return {name: one(jnp.asarray(value)) for name, value in batch.items()}
+    def call(params: Params) -> Params:
+        filled = jax.tree.map(
+            lambda own, new: own if masked(new) else new, whole, params, is_leaf=masked
+        )
+        found = fn(filled)
+        return jax.tree.map(
+            lambda new, got: new if masked(new) else got, params, found, is_leaf=masked
+        )
+
+    return call
 
 
 def _accumulate(
