@@ -11,13 +11,14 @@ own rows of the same global batches.
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from steppe.data.collate import Batch, ShapeReport, bucket_of, collate, resolve_buckets
+from steppe.data.collate import Batch, ShapeReport, Size, buckets_of, collate, resolve_buckets
 from steppe.data.dataset import Dataset
 from steppe.data.errors import DataError
 
@@ -30,10 +31,11 @@ class Batches(Protocol):
     """An iterator over batches that can say where it is and go there.
 
     Attributes:
-      shapes: all (batch size, length) that it can give, before the split over processes.
+      shapes: all (batch size, length) that it can give, before the split over processes; with
+        targets (batch size, source, target), for images (batch size, height, width, channels).
     """
 
-    shapes: frozenset[tuple[int, int]]
+    shapes: frozenset[tuple[int, ...]]
 
     def __iter__(self) -> Iterator[Batch]: ...
     def __next__(self) -> Batch: ...
@@ -50,7 +52,7 @@ class Plan:
     """Which examples, padded to which length, make each batch.
 
     Attributes:
-      buckets: padded lengths.
+      buckets: padded lengths, see :func:`steppe.data.collate.resolve_buckets`.
       steps_per_epoch: batches in one pass; the same in every epoch.
     """
 
@@ -58,7 +60,7 @@ class Plan:
         self,
         dataset: Dataset,
         batch_size: int,
-        buckets: Sequence[int] | int | None,
+        buckets: Sequence[Size] | int | None,
         seed: int | None,
     ) -> None:
         if batch_size < 1:
@@ -69,18 +71,30 @@ class Plan:
         self.batch_size = batch_size
         self.buckets = resolve_buckets(dataset, buckets)
         self.seed = seed
-        self._bucket = bucket_of(dataset.lengths, self.buckets)
+        self._bucket = buckets_of(dataset, self.buckets)
         # Caching on the instance: lru_cache on the method would keep all plans alive.
         self.epoch = lru_cache(maxsize=2)(self._epoch)
         self.steps_per_epoch = len(self.epoch(0)[0])
 
     @property
-    def shapes(self) -> frozenset[tuple[int, int]]:
-        """All (batch size, length) of a pass."""
-        return frozenset((self.batch_size, int(length)) for length in self.epoch(0)[1])
+    def shapes(self) -> frozenset[tuple[int, ...]]:
+        """All (batch size, length) of a pass; see :class:`Batches`."""
+        return frozenset((self.batch_size, *_sizes(held)) for held in self.epoch(0)[1])
+
+    @cached_property
+    def content(self) -> int:
+        """Checksum of what is learnt: inputs, labels and masks."""
+        value = 0
+        for part in self.dataset.content():
+            value = zlib.crc32(np.ascontiguousarray(part).data, value)
+        return value
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Example indices [steps, B] (-1 is padding) and lengths [steps] of one epoch."""
+        """Example indices [steps, B] (-1 is padding) and sizes of one epoch.
+
+        The sizes are lengths [steps], or [steps, 2] for (source, target) and [steps, 3] for
+        images.
+        """
         order = np.arange(len(self.dataset))
         generator = None
         if self.seed is not None:
@@ -89,9 +103,8 @@ class Plan:
             )
             order = generator.permutation(order)
         rows: list[np.ndarray] = []
-        lengths: list[int] = []
         rest = np.zeros(0, order.dtype)
-        for number, length in enumerate(self.buckets):
+        for number in range(len(self.buckets)):
             mine = np.concatenate([rest, order[self._bucket[order] == number]])
             whole = len(mine) // self.batch_size * self.batch_size
             rows.append(mine[:whole].reshape(-1, self.batch_size))
@@ -100,11 +113,10 @@ class Plan:
                 last = np.full((1, self.batch_size), -1, order.dtype)
                 last[0, : len(rest)] = rest
                 rows.append(last)
-            lengths += [length] * (sum(map(len, rows)) - len(lengths))
-        table, held = np.concatenate(rows), np.asarray(lengths)
+        table = np.concatenate(rows)
         # A batch needs no more than the bucket of its longest row (the last one was passed on).
-        need = np.where(table >= 0, self.dataset.lengths[table], 0).max(axis=1)
-        held = np.asarray(self.buckets)[bucket_of(need, self.buckets)]
+        need = np.where(table >= 0, self._bucket[table], 0).max(axis=1)
+        held = np.asarray(self.buckets)[need]
         if generator is not None:
             shuffle = generator.permutation(len(table))
             table, held = table[shuffle], held[shuffle]
@@ -113,18 +125,32 @@ class Plan:
     def batch(self, number: int, rows: slice) -> Batch:
         """Batch `number` of the endless sequence, or the given rows of it."""
         epoch, step = divmod(number, self.steps_per_epoch)
-        table, lengths = self.epoch(epoch)
+        table, sizes = self.epoch(epoch)
+        size = _sizes(sizes[step])
         return collate(
-            self.dataset, table[step][rows], int(lengths[step]), seed=self.seed or 0, epoch=epoch
+            self.dataset,
+            table[step][rows],
+            size if len(size) > 1 else size[0],
+            seed=self.seed or 0,
+            epoch=epoch,
+            train=self.seed is not None,
         )
 
     def report(self) -> ShapeReport:
         """Shapes and padding of one pass."""
-        _, lengths = self.epoch(0)
-        values, counts = np.unique(lengths, return_counts=True)
-        shapes = {(self.batch_size, int(v)): int(n) for v, n in zip(values, counts)}
-        padded = int((lengths * self.batch_size).sum())
-        return ShapeReport(shapes, int(self.dataset.lengths.sum()), padded)
+        counts = Counter((self.batch_size, *_sizes(size)) for size in self.epoch(0)[1])
+        tokens, batches = int(self.dataset.lengths.sum()), sum(counts.values())
+        if self.dataset.pixel_values is not None:
+            return ShapeReport(dict(counts), tokens, batches * self.batch_size)
+        if self.dataset.target_lengths is not None:
+            tokens += int(self.dataset.target_lengths.sum())
+        padded = sum(shape[0] * sum(shape[1:]) * count for shape, count in counts.items())
+        return ShapeReport(dict(counts), tokens, padded)
+
+
+def _sizes(held: np.ndarray) -> tuple[int, ...]:
+    """One batch's size as plain integers."""
+    return tuple(int(size) for size in np.atleast_1d(held))
 
 
 def train(
@@ -132,7 +158,7 @@ def train(
     batch_size: int,
     *,
     seed: int,
-    buckets: Sequence[int] | int | None = None,
+    buckets: Sequence[Size] | int | None = None,
     backend: Backend = "numpy",
     process_index: int = 0,
     process_count: int = 1,
@@ -141,8 +167,9 @@ def train(
 
     Args:
       batch_size: global: rows of all processes together.
-      seed: of the order and, for MaskedLM, of the masks.
-      buckets: padded lengths, or how many to choose (default 4), see ``collate``.
+      seed: of the order, of the masks of MaskedLM and of the augmentation of images.
+      buckets: padded lengths, or how many to choose (default 4), see
+        :func:`steppe.data.collate.resolve_buckets`.
       backend: "numpy" makes a batch when asked; "grain" prefetches on threads. Same batches.
       process_index, process_count: this process gets the contiguous rows
         ``[index * B / count, (index + 1) * B / count)`` of every global batch.
@@ -166,7 +193,7 @@ def evaluate(
     dataset: Dataset,
     batch_size: int,
     *,
-    buckets: Sequence[int] | int | None = None,
+    buckets: Sequence[Size] | int | None = None,
     process_index: int = 0,
     process_count: int = 1,
 ) -> EvalBatches:
@@ -262,15 +289,12 @@ def _identity(plan: Plan) -> dict[str, int]:
     """What the order depends on, as integers that are cheap to compare."""
     fingerprint = zlib.crc32(plan.dataset.lengths.astype("<i8").tobytes())
     fingerprint = zlib.crc32(np.asarray(plan.buckets, "<i8").tobytes(), fingerprint)
-    content = 0
-    for part in plan.dataset.content():
-        content = zlib.crc32(np.ascontiguousarray(part).tobytes(), content)
     return {
         "seed": -1 if plan.seed is None else plan.seed,
         "batch_size": plan.batch_size,
         "examples": len(plan.dataset),
         "lengths": fingerprint,
-        "content": content,
+        "content": plan.content,
     }
 
 

@@ -1,4 +1,5 @@
-"""Records by address: ``file:PATH``, ``hf:NAME[/CONFIG]``, ``tfds:NAME``, ``asset:NAME[/PART]``.
+"""Records by address: ``file:PATH``, ``hf:NAME[/CONFIG]``, ``tfds:NAME``, ``asset:NAME[/PART]``,
+``reasoning-gym:NAME[?size=N&seed=S]``.
 
 A record is a dict with a string ``id`` that is stable across runs, plus columns. Whatever
 the source, :func:`load` returns a random-access sequence of such dicts.
@@ -121,9 +122,20 @@ def _tensorflow(name: str, split: str | None) -> Records:
     return hub.tensorflow_datasets(name, split)
 
 
+def _reasoning_gym(name: str, split: str | None) -> Records:
+    from steppe.data import generated
+
+    if split is not None:
+        raise DataError(
+            f"reasoning-gym:{name} has no official splits; use another seed, or splits.by_hash"
+        )
+    return generated.reasoning_gym(name)
+
+
 _SCHEMES: dict[str, Callable[[str, str | None], Records]] = {
     "file": _file,
     "hf": _hugging_face,
     "tfds": _tensorflow,
     "asset": _asset,
+    "reasoning-gym": _reasoning_gym,
 }

@@ -2,7 +2,8 @@
 
 Every task is a frozen dataclass with ``kind``, ``num_labels``, ``label_names`` and
 ``encode(records, tokenizer, max_length)``. Token classification is in ``tokens.py``, span
-question answering in ``spans.py``.
+question answering in ``spans.py``, language models in ``lm.py`` and ``conversations.py``,
+sequence to sequence in ``seq2seq.py``, images in ``images.py``.
 """
 
 from __future__ import annotations
@@ -15,9 +16,13 @@ from typing import Any, ClassVar
 import numpy as np
 
 from steppe.data.columns import assemble, check_names, class_names, classes, texts
+from steppe.data.conversations import Chat, Instruction
 from steppe.data.dataset import Dataset
-from steppe.data.errors import DataError, column, row_name, shorten
+from steppe.data.errors import DataError, column, listing, row_name, shorten
+from steppe.data.images import ImageClassification
+from steppe.data.lm import CausalLM
 from steppe.data.masking import Masking
+from steppe.data.seq2seq import Seq2Seq
 from steppe.data.spans import SpanQA
 from steppe.data.text import Tokenizer
 from steppe.data.tokens import Scheme, TokenClassification
@@ -25,10 +30,15 @@ from steppe.data.tokens import Scheme, TokenClassification
 Records = Sequence[dict[str, Any]]
 
 __all__ = [
+    "CausalLM",
+    "Chat",
     "Classification",
+    "ImageClassification",
+    "Instruction",
     "MaskedLM",
     "PairClassification",
     "Regression",
+    "Seq2Seq",
     "SpanQA",
     "Task",
     "TokenClassification",
@@ -204,7 +214,19 @@ class MaskedLM:
         return assemble(self.kind, records, encodings, tokenizer, None, masking=masking)
 
 
-Task = Classification | PairClassification | Regression | TokenClassification | SpanQA | MaskedLM
+Task = (
+    Classification
+    | PairClassification
+    | Regression
+    | TokenClassification
+    | SpanQA
+    | MaskedLM
+    | CausalLM
+    | Chat
+    | Instruction
+    | Seq2Seq
+    | ImageClassification
+)
 
 
 def default(address: str, records: Records) -> Task:
@@ -219,13 +241,39 @@ def default(address: str, records: Records) -> Task:
     from steppe.data.assets import readers
 
     _, part = readers.part(name)
-    if part.kind == "classification":
+    kind: str = part.kind
+    if kind == "classification":
         return Classification(part.labels)
-    if part.kind == "regression":
+    if kind == "regression":
         return Regression()
-    if part.kind == "mlm":
+    if kind == "mlm":
         return MaskedLM()
+    if kind == "span":
+        return SpanQA()
+    if kind == "lm":
+        return _language(part.columns)
+    if kind == "seq2seq":
+        return Seq2Seq()
+    if kind == "image":
+        return (
+            ImageClassification(part.labels)
+            if part.labels
+            else ImageClassification.from_records(records)
+        )
+    if kind != "token":
+        raise DataError(f"{address!r} is of kind {kind!r}, which has no default task; name one")
     scheme_name: Scheme = (
         "iob2" if any(tag.startswith("B-") for r in records for tag in r["tags"]) else "plain"
     )
     return TokenClassification.from_records(records, scheme=scheme_name)
+
+
+def _language(columns: Sequence[str]) -> CausalLM | Chat | Instruction:
+    """By the columns: messages make chats, a prompt with its answer too, text is read as it is."""
+    if "messages" in columns:
+        return Chat()
+    if {"prompt", "answer"} <= set(columns):
+        return Instruction()
+    if "text" in columns:
+        return CausalLM()
+    raise DataError(f"columns {listing(columns)} hold no messages, prompt and answer, or text")

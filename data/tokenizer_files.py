@@ -18,6 +18,7 @@ FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "chat_template.jinja",
     "vocab.txt",
     "vocab.json",
     "merges.txt",
@@ -43,6 +44,8 @@ _NAMES = {
     "sep": ("[SEP]", "</s>"),
     "mask": ("[MASK]", "<mask>"),
     "unk": ("[UNK]", "<unk>"),
+    "bos": ("<s>", "<bos>", "<|begin_of_text|>"),
+    "eos": ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>"),
 }
 
 
@@ -79,6 +82,47 @@ def wordpiece(
     names = [name for pair in _NAMES.values() for name in pair if name in ids]
     backend.add_special_tokens(names)
     return backend
+
+
+def ends(
+    backend: tokenizers.Tokenizer, named: dict[str, Any], *configs: dict[str, Any]
+) -> tuple[int, tuple[int, ...]]:
+    """Ids of the first token of a text (-1 = none) and of those that end one, the main one first.
+
+    The tokenizer's own word comes first, then that of the model's configs (``eos_token_id`` may
+    be a list there: a text ends with one token, a turn of a chat with another).
+    """
+    known = backend.get_vocab_size(with_added_tokens=True)
+
+    def role(key: str) -> list[int]:
+        told: list[Any] = []
+        if named.get(f"{key}_token"):
+            told.append(special_id(backend, named, key))
+        if key == "bos" and f"{key}_token" in named:
+            return told  # whatever the model's config says, the tokenizer never writes another
+        for config in configs:
+            value = config.get(f"{key}_token_id")
+            told += value if isinstance(value, list) else [value]
+        told = [n for n in told if isinstance(n, int) and 0 <= n < known]
+        # A name that the settings leave out is guessed; one that they set to null is not there.
+        guess = not told and f"{key}_token" not in named
+        return [special_id(backend, named, key)] if guess else told
+
+    first = [n for n in role("bos") if n >= 0]
+    last = [n for n in role("eos") if n >= 0]
+    return first[0] if first else -1, tuple(dict.fromkeys(last))
+
+
+def template(folder: Path, settings: dict[str, Any]) -> str | None:
+    """The chat template of a model's directory; a file of its own is the newer form."""
+    own = folder / "chat_template.jinja"
+    if own.is_file():
+        return files.text(own)
+    held = settings.get("chat_template")
+    if isinstance(held, list):  # several, by name
+        named = {t.get("name"): t.get("template") for t in held if isinstance(t, dict)}
+        held = named.get("default")
+    return held if isinstance(held, str) else None
 
 
 def settings(path: Path) -> dict[str, Any]:
@@ -129,3 +173,30 @@ def positions(config: dict[str, Any], settings: dict[str, Any]) -> int | None:
     told = settings.get("model_max_length")
     # transformers writes 1e30 for "unknown".
     return int(told) if isinstance(told, int) and told < 1_000_000 else None
+
+
+def written(
+    backend: tokenizers.Tokenizer,
+    special: Special,
+    *,
+    bos: int,
+    eos: int,
+    max_positions: int | None,
+    token_types: bool,
+    chat_template: str | None,
+) -> dict[str, Any]:
+    """A ``tokenizer_config.json`` for a tokenizer that came without one."""
+    roles = {"bos": bos, "eos": eos, "pad": special.pad, "unk": special.unk, "cls": special.cls}
+    roles |= {"sep": special.sep, "mask": special.mask}
+    out: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    for role, number in roles.items():
+        if number >= 0:
+            out[f"{role}_token"] = backend.id_to_token(number)
+    if max_positions is not None:
+        out["model_max_length"] = max_positions
+    out["clean_up_tokenization_spaces"] = False
+    inputs = ["input_ids", *(["token_type_ids"] if token_types else []), "attention_mask"]
+    out["model_input_names"] = inputs
+    if chat_template is not None:
+        out["chat_template"] = chat_template
+    return out

@@ -6,7 +6,17 @@ never runs the package's code; ``path("vader")`` finds it again.
 
 from __future__ import annotations
 
-from steppe.data.assets.cache import check, fetch, folder, get, list, path, root, tokenizer
+from steppe.data.assets.cache import (
+    check,
+    fetch,
+    fetch_all,
+    folder,
+    get,
+    list,
+    path,
+    root,
+    tokenizer,
+)
 from steppe.data.assets.catalogue import CATALOGUE, Asset, File
 from steppe.data.assets.clients import Package
 from steppe.data.errors import AssetError, AssetMissing, HashMismatch
@@ -21,6 +31,7 @@ __all__ = [
     "Package",
     "check",
     "fetch",
+    "fetch_all",
     "folder",
     "get",
     "list",

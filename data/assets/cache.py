@@ -14,10 +14,11 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from steppe.data.assets import archives, clients
+from steppe.data.assets.build import Downloads, build
 from steppe.data.assets.catalogue import CATALOGUE, Asset, File
 from steppe.data.errors import AssetError, AssetMissing, listing
 
@@ -66,9 +67,9 @@ def path(name: str, cache: Path | str | None = None) -> Path:
     """
     asset = get(name)
     where = folder(asset, cache)
-    cure = (
-        f"run `steppe assets fetch {name}` ({asset.download_size / 1e6:.1f} MB from {asset.kind})"
-    )
+    flag = " --accept-licence" if asset.opt_in else ""
+    size = f"{asset.download_size / 1e6:.1f} MB from {asset.kind}"
+    cure = f"run `steppe assets fetch {name}{flag}` ({size})"
     if not (where / MANIFEST).is_file():
         raise AssetMissing(f"asset {name!r} is not in the cache at {where}: {cure}")
     for file in asset.files:
@@ -100,7 +101,12 @@ def check(name: str, cache: Path | str | None = None) -> Path:
 
 
 def fetch(
-    name: str | Asset, cache: Path | str | None = None, progress: Progress | None = None
+    name: str | Asset,
+    cache: Path | str | None = None,
+    progress: Progress | None = None,
+    *,
+    accept_licence: bool = False,
+    downloads: Downloads | None = None,
 ) -> Path:
     """Brings an asset into the cache; does nothing when it is there and intact.
 
@@ -108,12 +114,15 @@ def fetch(
       name: a name of the catalogue, or an :class:`Asset` of your own.
       cache: cache root, see :func:`root`.
       progress: called with one line of text at each step.
+      accept_licence: you have read the terms of an opt-in asset and agree to them.
+      downloads: archives shared with other fetches, see :func:`fetch_all`.
 
     Returns:
       The folder with the files.
 
     Raises:
-      AssetError: a client is missing or failed, an archive is damaged or unsafe, no disk space.
+      AssetError: the terms are not accepted, a client is missing or failed, an archive is damaged
+        or unsafe, no disk space.
       HashMismatch: a download or a file is not the recorded one.
     """
     asset = get(name) if isinstance(name, str) else name
@@ -121,12 +130,16 @@ def fetch(
     tell = progress or (lambda line: None)
     if _intact(asset, where):
         return where
+    _consent(asset, accept_licence)
     try:
         where.parent.mkdir(parents=True, exist_ok=True)
         _sweep(where.parent)
         # In the same folder as the target, so that the final rename stays on one file system.
         with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=where.parent) as scratch:
-            built = _build(asset, Path(scratch), tell)
+            shelf = downloads or Downloads(Path(scratch) / "downloads", [asset])
+            built = build(asset, Path(scratch), shelf, tell)
+            _verify(asset, built)
+            _write_manifest(asset, built)
             _publish(asset, built, where, Path(scratch))
     except AssetError:
         _drop_empty(where.parent)
@@ -138,46 +151,55 @@ def fetch(
     return where
 
 
-def _build(asset: Asset, scratch: Path, tell: Progress) -> Path:
-    """Downloads and extracts into `scratch`; returns the verified folder."""
-    downloads = []
-    for number, package in enumerate(asset.packages):
-        tell(f"{asset.name}: downloading {package} ({package.size / 1e6:.1f} MB)")
-        downloads.append(clients.download(package, scratch / f"download-{number}"))
-    archive = downloads[0]
-    if asset.nested:
-        archive = scratch / "nested"
-        for download in downloads:
-            with archives.members(download) as found:
-                (part,) = archives.select(found, asset.nested, download.name)
-                archives.copy(part, archive, append=True)
-            download.unlink()  # a big asset must not need its size three times over
-    built = scratch / "built"
-    tell(f"{asset.name}: extracting {asset.size / 1e6:.1f} MB and checking it")
-    with archives.members(archive) as found:
-        for file in asset.files:
-            label = archive.name if archive in downloads else asset.nested
-            chosen = archives.select(found, file.member, label, file.count)
-            size = sum(member.size for member in chosen)
-            if size != file.size:  # before anything large is written
-                raise AssetError(
-                    f"{label}: {file.member} has {size} bytes, the catalogue says {file.size}; "
-                    "the package is not the one in the catalogue"
-                )
-            for member in chosen:
-                base = member.name.rsplit("/", 1)[-1]
-                target = file.path + base if file.path.endswith("/") else file.path
-                archives.copy(member, built / target)
-    _verify(asset, built)
+def fetch_all(
+    names: Iterable[str],
+    cache: Path | str | None = None,
+    progress: Progress | None = None,
+    *,
+    accept_licence: bool = False,
+) -> Iterator[tuple[Asset, Path]]:
+    """Fetches several assets, each package once, and yields them as they become ready.
+
+    Raises:
+      AssetError: as :func:`fetch`; a misspelt name or terms that are not accepted stop it before
+        anything is downloaded.
+    """
+    wanted = [get(name) for name in dict.fromkeys(names)]
+    missing = [asset for asset in wanted if not _intact(asset, folder(asset, cache))]
+    for asset in missing:
+        _consent(asset, accept_licence)
+    store = root(cache) / "assets"
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+        _sweep(store)
+    except OSError as error:
+        raise AssetError(f"cannot write the cache {store} ({error})") from error
+    with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=store) as scratch:
+        shelf = Downloads(Path(scratch), missing)
+        for asset in wanted:
+            done = fetch(asset, cache, progress, accept_licence=accept_licence, downloads=shelf)
+            yield asset, done
+
+
+def _consent(asset: Asset, accepted: bool) -> None:
+    if asset.opt_in and not accepted:
+        raise AssetError(
+            f"asset {asset.name!r} is only fetched for those who accept its terms. Licence: "
+            f"{asset.licence}. {asset.notice} If you agree, run "
+            f"`steppe assets fetch {asset.name} --accept-licence`"
+        )
+
+
+def _write_manifest(asset: Asset, built: Path) -> None:
     manifest = {
         "name": asset.name,
         "version": asset.version,
         "licence": asset.licence,
+        **({"notice": asset.notice} if asset.notice else {}),
         "packages": [f"{package.client} {package}" for package in asset.packages],
         "files": {file.path: file.sha256 for file in asset.files},
     }
     (built / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    return built
 
 
 def _publish(asset: Asset, built: Path, where: Path, scratch: Path) -> None:
@@ -204,14 +226,14 @@ def _located(where: Path, file: File) -> tuple[Path, ...]:
     target = where / file.path
     if not file.path.endswith("/"):
         return (target,) if target.is_file() else ()
-    return tuple(sorted(p for p in target.iterdir() if p.is_file())) if target.is_dir() else ()
+    return tuple(sorted(p for p in target.rglob("*") if p.is_file())) if target.is_dir() else ()
 
 
 def _verify(asset: Asset, where: Path) -> None:
     for file in asset.files:
         found = _located(where, file)
         if file.path.endswith("/"):
-            digest = archives.bundle_sha256([*found])
+            digest = archives.bundle_sha256([*found], where / file.path)
         elif found:
             digest = archives.sha256(found[0])
         else:

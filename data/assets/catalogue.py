@@ -29,6 +29,8 @@ class File:
       size: bytes, of all files of a bundle together.
       sha256: hex hash of the file or of the bundle.
       count: how many files the pattern matches.
+      package: number of the package that holds it, from 0.
+      root: folder of the archive below which a bundle keeps its inner paths, not base names only.
     """
 
     member: str
@@ -36,6 +38,8 @@ class File:
     size: int
     sha256: str
     count: int = 1
+    package: int = 0
+    root: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,9 @@ class Asset:
       description: one line.
       nested: pattern of a member that is itself the archive; with several packages the
         members are parts, joined in order.
+      joined: the nested member is not an archive but the asset's one file.
       tokenizer: the asset that holds the tokenizer, where it is another one.
+      notice: what one must agree to before it is fetched; empty where nothing is asked.
     """
 
     name: str
@@ -61,7 +67,14 @@ class Asset:
     licence: str
     description: str
     nested: str = ""
+    joined: bool = False
     tokenizer: str = ""
+    notice: str = ""
+
+    @property
+    def opt_in(self) -> bool:
+        """Whether it is only fetched for those who accept its terms."""
+        return bool(self.notice)
 
     @property
     def kind(self) -> str:
@@ -75,7 +88,7 @@ class Asset:
 
     @property
     def version(self) -> str:
-        """The packages' version."""
+        """The first package's version."""
         return self.packages[0].version
 
     @property

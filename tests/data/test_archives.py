@@ -119,11 +119,28 @@ def test_damaged_archives_are_named(tmp_path):
         take(packed, "x", tmp_path / "x")
 
 
-def test_select_counts_and_refuses_clashing_base_names(tmp_path):
+def test_select_counts_and_targets_refuse_clashing_names(tmp_path):
     found = [archives.Member(n, 0, io.BytesIO) for n in ("a/1.txt", "b/1.txt", "a/2.txt")]
     assert [m.name for m in archives.select(found, "a/*.txt", "z", 2)] == ["a/1.txt", "a/2.txt"]
+    with pytest.raises(AssetError, match="expected 1 file.s. named '.*', found 3"):
+        archives.select(found, "*.txt", "z")
+    clashing = archives.select(found, "*/1.txt", "z", 2)
     with pytest.raises(AssetError, match="share a base name"):
-        archives.select(found, "*/1.txt", "z", 2)
+        archives.targets(clashing, "texts/", "", "z")
+
+
+def test_targets_keep_inner_paths_below_a_root():
+    found = [archives.Member(n, 0, io.BytesIO) for n in ("r/a/1.txt", "r/b/1.txt")]
+    assert [t for _, t in archives.targets(found, "x/", "r", "z")] == ["x/a/1.txt", "x/b/1.txt"]
+    assert [t for _, t in archives.targets(found[:1], "one.txt", "", "z")] == ["one.txt"]
+    with pytest.raises(AssetError, match="'r/b/1.txt' is outside 'r/a'"):
+        archives.targets(found, "x/", "r/a", "z")
+
+
+def test_members_know_their_place(tmp_path):
+    entries = [(tarfile.TarInfo(name), name.encode()) for name in ("b", "a", "c")]
+    with archives.members(make_tar(tmp_path / "a.tgz", entries)) as found:
+        assert [m.name for m in sorted(found, key=lambda m: m.place)] == ["b", "a", "c"]
 
 
 def test_bundle_hash_is_that_of_sha256sum(tmp_path):
@@ -134,4 +151,10 @@ def test_bundle_hash_is_that_of_sha256sum(tmp_path):
         for name, text in (("a.txt", "one"), ("b.txt", "two"))
     )
     paths = [tmp_path / "b.txt", tmp_path / "a.txt"]
-    assert archives.bundle_sha256(paths) == hashlib.sha256(lines.encode()).hexdigest()
+    assert archives.bundle_sha256(paths, tmp_path) == hashlib.sha256(lines.encode()).hexdigest()
+    moved = tmp_path / "deep" / "b.txt"
+    moved.parent.mkdir()
+    moved.write_text("two")
+    assert archives.bundle_sha256([moved, paths[1]], tmp_path) != archives.bundle_sha256(
+        paths, tmp_path
+    )

