@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import sys
 
-USAGE = """\
+CONSENT = "--accept-licence"
+USAGE = f"""\
 usage: steppe assets list              what there is, its licence, and what is in the cache
-       steppe assets fetch NAME ...    bring assets into the cache (all: every one)
+       steppe assets fetch NAME ... [{CONSENT}]
+                                       bring assets into the cache (all: every one that asks
+                                       for no consent)
        steppe assets check [NAME ...]  verify the hashes of what is in the cache
 
-The cache is $STEPPE_CACHE, or ~/.cache/steppe.
+Assets marked "opt-in" have terms that you must agree to: a licence that is not open, or authors
+who ask that their data never be published again or enter training corpora. They are fetched only
+with {CONSENT}, which says that you have read what `fetch` shows and agree to it; then "all"
+means them too. Assets from one package share its download when they are fetched together.
+
+The cache is $STEPPE_CACHE, or ~/.cache/steppe. Records of a data asset: asset:NAME[/PART].
 """
 
 
@@ -19,11 +27,19 @@ def main(args: list[str]) -> int:
         print(USAGE, end="")
         return 0 if args else 2
     action, names = args[0], args[1:]
-    if action == "list" and not names:
+    accepted = CONSENT in names
+    names = [name for name in names if name != CONSENT]
+    wrong = [name for name in names if name.startswith("-")]
+    if wrong and set(wrong) <= {"-h", "--help"}:
+        print(USAGE, end="")
+        return 0
+    if wrong or (accepted and action != "fetch"):
+        print(f"steppe assets {action}: unknown option {(wrong or [CONSENT])[0]}", file=sys.stderr)
+    elif action == "list" and not names:
         return _list()
-    if action == "fetch" and names:
-        return _fetch(names)
-    if action == "check":
+    elif action == "fetch" and names:
+        return _fetch(names, accepted)
+    elif action == "check":
         return _check(names)
     print(USAGE, end="", file=sys.stderr)
     return 2
@@ -35,32 +51,53 @@ def _list() -> int:
 
     from steppe.data import assets
 
-    table = Table("name", "what", "MB", "from", "licence", "here", box=None, header_style="bold")
+    columns = ("name", "what", "MB", "from", "licence", "consent", "here")
+    table = Table(*columns, box=None, header_style="bold")
     for asset in assets.list():
         try:
             here = "yes" if assets.path(asset.name) else ""
         except assets.AssetMissing:
             here = ""
-        size = f"{asset.download_size / 1e6:.0f}"
-        table.add_row(asset.name, asset.description, size, asset.kind, asset.licence, here)
+        size = f"{asset.download_size / 1e6:.1f}"
+        consent = "opt-in" if asset.opt_in else ""
+        row = (asset.name, asset.description, size, asset.kind, asset.licence, consent, here)
+        table.add_row(*map(_plain, row))
     Console().print(table)
     return 0
 
 
-def _fetch(names: list[str]) -> int:
+def _fetch(names: list[str], accepted: bool) -> int:
     from rich.console import Console
 
     from steppe.data import assets
 
-    if names == ["all"]:
-        names = [asset.name for asset in assets.list()]
-    wanted = [assets.get(name) for name in names]  # a misspelt name stops before any download
     console = Console(stderr=True)
-    for asset in wanted:
-        with console.status(f"{asset.name} ...") as status:
-            folder = assets.fetch(asset.name, progress=status.update)
-        console.print(f"{asset.name}: {folder}  [dim]({asset.licence})[/dim]", highlight=False)
+    if names == ["all"]:
+        left = [asset.name for asset in assets.list() if asset.opt_in and not accepted]
+        names = [asset.name for asset in assets.list() if asset.name not in left]
+        if left:
+            told = f"left out, since they ask for your consent ({CONSENT}): {', '.join(left)}"
+            console.print(told, highlight=False)
+    if accepted:
+        for asset in (assets.get(name) for name in names):
+            if asset.opt_in:
+                told = f"{asset.name}: licence: {asset.licence}. {asset.notice}"
+                console.print(told, style="yellow", highlight=False, markup=False, soft_wrap=True)
+    with console.status("looking at the cache ...") as status:
+        steps = assets.fetch_all(
+            names, progress=lambda line: status.update(_plain(line)), accept_licence=accepted
+        )
+        for asset, folder in steps:
+            told = f"{asset.name}: {folder}  ({asset.licence})"
+            console.print(told, highlight=False, markup=False, soft_wrap=True)
     return 0
+
+
+def _plain(line: str) -> str:
+    """Text that rich shows as it is: names such as [x] are not mark-up."""
+    from rich.markup import escape
+
+    return escape(line)
 
 
 def _check(names: list[str]) -> int:
