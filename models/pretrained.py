@@ -1,5 +1,8 @@
 """Pretrained models from and to Hugging Face directories (config.json + safetensors).
 
+Files of other formats are read too: ``.onnx`` (BERT, DINOv2), ``.gguf`` (language models) and
+``.bin`` (Marian); their readers give the tensors the names that such a directory would.
+
 ``load`` gives a :class:`Model` and its parameters, each leaf placed directly in its shards;
 ``save`` writes a directory that ``transformers`` opens with the same logits. What a new
 family takes is in ``steppe.models.families``.
@@ -8,6 +11,7 @@ family takes is in ``steppe.models.families``.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -20,14 +24,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from steppe.models import tree, weights
-from steppe.models.encoder import EncoderConfig
 from steppe.models.families import family as family_of
-from steppe.models.families.names import Family, Name
+from steppe.models.families.names import Config, Family, Name
 from steppe.models.heads import HeadConfig
 from steppe.models.model import Model
 from steppe.models.tree import Params
 from steppe.models.weights import Index, Weights
 
+# suffix -> module with ``read(path) -> (Weights, values of a config.json)``
+READERS = {
+    ".onnx": "steppe.models.onnx_weights",
+    ".gguf": "steppe.models.gguf_weights",
+    ".bin": "steppe.models.marian_weights",
+}
+PREPROCESSOR = "preprocessor_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -35,6 +45,7 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "vocab.json",
     "merges.txt",
+    "chat_template.jinja",
 )
 
 
@@ -79,7 +90,8 @@ def load(
     """Reads a model.
 
     Args:
-      source: a directory with config.json and safetensors, or a ``.onnx`` file of a BERT.
+      source: a directory with config.json and safetensors, or a file in one of the other
+        formats: ``.onnx``, ``.gguf``, or Marian's ``.bin``.
       head: "auto" = the one that the files hold, None = none, or a kind (see ``heads``) or
         config. A head that the files lack, or hold with other labels, is initialised.
       num_labels: labels of a head that is asked for by kind; default: those in config.json.
@@ -103,14 +115,14 @@ def load(
     model = config.build()
 
     abstract = tree.flatten(model.abstract())
-    known = {n.path: n for n in family.names(dataclasses.replace(config, head=None))}
+    known = {n.path: n for n in family.names(config.with_head(None))}
     if config.head is not None:
-        known.update({n.path: n for n in family.heads[config.head.kind].names})
-    wanted = {p: known[p].tensors(config.layers) for p in abstract}
+        known.update({n.path: n for n in family.heads[config.head.kind].of(config)})
+    wanted = {p: known[p].tensors(leaf.shape) for p, leaf in abstract.items()}
     shapes = store.shapes()
 
     def expected(p: str) -> tuple[int, ...]:
-        return _stored_shape(abstract[p].shape, known[p])
+        return known[p].stored_shape(abstract[p].shape)
 
     def found(p: str) -> tuple[int, ...]:
         return tuple(shapes[names[wanted[p][0]]])
@@ -149,14 +161,16 @@ def load(
     )
 
 
-def load_config(source: str | os.PathLike[str]) -> EncoderConfig:
+def load_config(source: str | os.PathLike[str]) -> Any:
     """The configuration of a model without its head; reads no weights of a directory.
+
+    Its class is the family's: ``EncoderConfig``, ``DecoderConfig``, ...
 
     Raises:
       FileNotFoundError, ValueError: as :func:`load`.
     """
     path = Path(source).expanduser()
-    raw = _open(path)[1] if path.suffix == ".onnx" else _read_config(path)
+    raw = _open(path)[1] if path.suffix in READERS else _read_config(path)
     try:
         return family_of(str(raw.get("model_type"))).read(raw)
     except (TypeError, ValueError) as error:
@@ -184,7 +198,7 @@ def save(
       ValueError: the parameters are not those of the model (the first path is named), or
         the number of labels is not the head's.
     """
-    config: EncoderConfig = model.config
+    config: Config = model.config
     family = family_of(config.family)
     tree.same_structure(params, model.abstract(), ("params", "the model"))
     if labels is not None and config.head is not None and len(labels) != config.head.num_labels:
@@ -193,11 +207,11 @@ def save(
         )
     flat = tree.flatten(params)
     tensors: dict[str, np.ndarray] = {}
-    for name in family.names(config):
-        leaf = np.asarray(flat[name.path])
-        parts = leaf if "{}" in name.tensor else leaf[None]
-        for tensor, part in zip(name.tensors(config.layers), parts, strict=True):
-            tensors[tensor] = part.T if name.transposed else part
+    for group in _by_tensor(family.names(config)):
+        leaves = [np.asarray(flat[name.path]) for name in group]
+        layers = leaves if group[0].stacked else [leaf[None] for leaf in leaves]
+        for number, tensor in enumerate(group[0].tensors(leaves[0].shape)):
+            tensors[tensor] = group[0].join([leaf[number] for leaf in layers])
     raw = {
         "architectures": [family.architecture(config)],
         "model_type": family.name,
@@ -205,17 +219,28 @@ def save(
         **family.write(config),
         **_write_head(config.head, labels),
     }
-    keep = ("config.json", weights.SINGLE, weights.SHARDED, *TOKENIZER_FILES)
+    keep = ("config.json", PREPROCESSOR, weights.SINGLE, weights.SHARDED, *TOKENIZER_FILES)
     target = Path(directory)
     shards = tuple(p.name for p in target.glob("model-*-of-*.safetensors"))
     with weights.atomic_directory(target, keep + shards) as scratch:
         weights.write(scratch, tensors, shard_bytes)
         (scratch / "config.json").write_text(json.dumps(raw, indent=2) + "\n", "utf-8")
+        if "image_mean" in raw:
+            text = json.dumps(_preprocessor(raw), indent=2)
+            (scratch / PREPROCESSOR).write_text(text + "\n", "utf-8")
         for file in TOKENIZER_FILES if tokenizer_dir is not None else ():
             origin = Path(tokenizer_dir) / file  # type: ignore[arg-type]
             if origin.is_file():
                 (scratch / file).write_bytes(origin.read_bytes())
     return target
+
+
+def _by_tensor(names: Sequence[Name]) -> list[list[Name]]:
+    """Leaves that are parts of one tensor together, in the order of their parts."""
+    groups: dict[str, list[Name]] = {}
+    for name in names:
+        groups.setdefault(name.tensor, []).append(name)
+    return [sorted(group, key=lambda name: name.part or (0, 1)) for group in groups.values()]
 
 
 class _Reader:
@@ -234,16 +259,19 @@ class _Reader:
         )
 
     def _region(self, index: Index, shape: tuple[int, ...]) -> np.ndarray:
-        stacked = "{}" in self._name.tensor
+        name = self._name
         bounds = [s.indices(n) for s, n in zip(index, shape, strict=True)]
-        layers = range(*bounds[0]) if stacked else range(1)
-        inner = tuple(slice(*b) for b in (bounds[1:] if stacked else bounds))
+        layers = range(*bounds[0]) if name.stacked else range(1)
+        inner = tuple(slice(*b) for b in (bounds[1:] if name.stacked else bounds))
         out = _aligned([len(range(*b)) for b in bounds], self._dtype)
         for place, layer in enumerate(layers):
-            stored = inner[::-1] if self._name.transposed else inner
+            target = out[place] if name.stacked else out
+            if name.codec is not None:
+                target[...] = name.codec.load(self._store.read(self._tensors[layer]))[inner]
+                continue
+            stored = name.region(inner, shape[1:] if name.stacked else shape)
             part = self._store.read(self._tensors[layer], stored)
-            target = out[place] if stacked else out
-            target[...] = part.T if self._name.transposed else part
+            target[...] = part.T if name.transposed else part
         return out
 
 
@@ -257,12 +285,13 @@ def _aligned(shape: Sequence[int], dtype: Any) -> np.ndarray:
 
 def _open(path: Path) -> tuple[Weights, dict[str, Any]]:
     """The tensors and the config.json values of a source."""
-    if path.suffix == ".onnx":
-        from steppe.models import onnx_weights
-
-        return onnx_weights.read_bert(path)
-    raw = _read_config(path)
-    return weights.open_directory(path), raw
+    reader = READERS.get(path.suffix)
+    if reader is not None:
+        if not path.is_file():
+            raise FileNotFoundError(f"model file {path} does not exist")
+        opened: tuple[Weights, dict[str, Any]] = importlib.import_module(reader).read(path)
+        return opened
+    return weights.open_directory(path), _read_config(path)
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -277,6 +306,14 @@ def _read_config(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is not valid JSON ({error})") from error
     if not isinstance(raw, dict):
         raise ValueError(f"{file} must hold an object, got {type(raw).__name__}")
+    # How pixels are normalised is part of a vision model; the ecosystem keeps it beside.
+    beside = directory / PREPROCESSOR
+    if beside.is_file():
+        try:
+            given = json.loads(beside.read_text("utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{beside} is not valid JSON ({error})") from error
+        raw = {**{k: given[k] for k in ("image_mean", "image_std") if k in given}, **raw}
     return raw
 
 
@@ -284,7 +321,7 @@ def _strip(family: Family, shapes: Mapping[str, Any]) -> dict[str, str]:
     """Canonical tensor name -> name in the file: no prefix, and today's names of norms."""
     names = {}
     for name in shapes:
-        short = name.removeprefix(family.prefix + ".")
+        short = name.removeprefix(family.prefix + ".") if family.prefix else name
         if short.endswith((".gamma", ".beta")):  # files of 2018-2019
             stem, _, old = short.rpartition(".")
             short = f"{stem}.{'weight' if old == 'gamma' else 'bias'}"
@@ -299,7 +336,7 @@ def _config(
     head: str | HeadConfig | None,
     num_labels: int | None,
     path: Path,
-) -> EncoderConfig:
+) -> Any:
     try:
         config = family.read(raw)
     except (TypeError, ValueError) as error:
@@ -309,39 +346,36 @@ def _config(
         architecture = (raw.get("architectures") or [""])[0]
         head = family.kind_of(architecture, raw)
         # Encoders are often published under the class they were pretrained as, headless.
-        if head is not None and any(n.tensor not in names for n in family.heads[head].names):
+        if head is not None and not _held(family, family.settle(config, names), head, names):
             head = None
     if isinstance(head, str):
         if head in ("classification", "token"):
             count = in_file if num_labels is None else num_labels
         else:
             count = {"span": 2}.get(head, 1)
-        head = family.head(head, count, _head_drop(raw, head, config.drop))
-    pooled = head is None or head.kind in ("classification", "regression")
-    has_pooler = bool(family.pooler) and family.pooler[0].tensor in names
-    pooler = pooled and (family.pooled if head is not None else has_pooler)
-    return dataclasses.replace(config, head=head, pooler=pooler)
+        head = family.head(head, count, _head_drop(raw, head, getattr(config, "drop", 0.0)))
+    return family.settle(config.with_head(head), names)
+
+
+def _held(family: Family, config: Any, kind: str, names: Mapping[str, str]) -> bool:
+    """Whether the file holds all of a head's tensors."""
+    return all(name.tensor in names for name in family.heads[kind].of(config))
 
 
 def _head_drop(raw: Mapping[str, Any], kind: str, default: float) -> float:
     """Dropout before the output layer, under the names that the families give it."""
-    if kind in ("span", "mlm"):
+    if kind in ("span", "mlm", "lm"):
         return float(raw.get("qa_dropout", 0.0)) if kind == "span" else 0.0
     given = raw.get("classifier_dropout", raw.get("seq_classif_dropout"))
     return default if given is None else float(given)
 
 
-def _override(config: EncoderConfig, overrides: Mapping[str, Any]) -> EncoderConfig:
+def _override(config: Any, overrides: Mapping[str, Any]) -> Any:
     fields = {f.name for f in dataclasses.fields(config)}
     for name in overrides:
         if name not in fields:
             raise ValueError(f"{name!r} is not a setting of the model; it has {sorted(fields)}")
     return dataclasses.replace(config, **overrides)
-
-
-def _stored_shape(shape: tuple[int, ...], name: Name) -> tuple[int, ...]:
-    inner = shape[1:] if "{}" in name.tensor else shape
-    return inner[::-1] if name.transposed else inner
 
 
 def _check(
@@ -357,7 +391,7 @@ def _check(
     for leaf, tensors in wanted.items():
         if leaf in fresh:
             continue
-        expected = _stored_shape(abstract[leaf].shape, known[leaf])
+        expected = known[leaf].stored_shape(abstract[leaf].shape)
         for tensor in tensors:
             if tensor not in names:
                 raise ValueError(f"{path} lacks the tensor {tensor!r} (our {leaf!r})")
@@ -395,8 +429,24 @@ def _labels(raw: Mapping[str, Any]) -> tuple[str, ...] | None:
     return tuple(str(names[k]) for k in sorted(names, key=int))
 
 
+def _preprocessor(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of an image processor that does to pixels what our vision models do."""
+    side = raw.get("image_size", raw.get("vision_config", {}).get("image_size", 224))
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": side, "width": side},
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(raw["image_mean"]),
+        "image_std": list(raw["image_std"]),
+    }
+
+
 def _write_head(head: HeadConfig | None, labels: Sequence[str] | None) -> dict[str, Any]:
-    if head is None or head.kind == "mlm":
+    if head is None or head.kind in ("mlm", "lm"):
         return {}
     if head.kind == "span":
         return {"qa_dropout": head.drop}

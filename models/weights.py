@@ -192,7 +192,8 @@ def write(directory: Path, tensors: Mapping[str, np.ndarray], shard_bytes: int =
         if filled and filled + tensor.nbytes > shard_bytes:
             shards.append({})
             filled = 0
-        shards[-1][name] = np.ascontiguousarray(tensor)
+        # ``ascontiguousarray`` would give a scalar an axis.
+        shards[-1][name] = np.asarray(tensor, order="C")
         filled += tensor.nbytes
     metadata = {"format": "pt"}  # readers of the ecosystem ask for this key
     if len(shards) == 1:
