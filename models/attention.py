@@ -35,6 +35,21 @@ def attention_mask(mask: jax.Array | None) -> Bool[Array, "B 1 T_or_1 S"] | None
     )
 
 
+def causal_mask(queries: int, front: int = 0, window: int | None = None) -> Bool[Array, "1 1 T S"]:
+    """Query t sees key t and those before it, [1, 1, T, front + T].
+
+    Args:
+      front: keys in front that every query sees.
+      window: how many keys a query sees at most, itself included, those in front apart.
+    """
+    t = jnp.arange(queries)
+    distance = t[:, None] - t[None, :]
+    seen = distance >= 0
+    if window is not None:
+        seen &= distance < window
+    return jnp.pad(seen, ((0, 0), (front, 0)), constant_values=True)[None, None]
+
+
 def attend(
     q: Float[Array, "B T H Dh"],
     k: Float[Array, "B S Hkv Dh"],
@@ -42,6 +57,8 @@ def attend(
     *,
     mask: Bool[Array, "B 1 T_or_1 S"] | None = None,
     bias: Float[Array, "1 H T S"] | None = None,
+    causal: bool = False,
+    window: int | None = None,
     scale: float | None = None,
     drop: float = 0.0,
     rng: jax.Array | None = None,
@@ -53,6 +70,8 @@ def attend(
     Args:
       mask: True where a key is visible. A query that sees no key returns the mean of v.
       bias: added to the scaled scores.
+      causal: with mask None: query t sees keys up to S - T + t, at most the last ``window`` of
+        them but for the first S - T keys, which every query sees.
       scale: defaults to 1 / sqrt(Dh).
       drop: dropout rate on the probabilities; needs ``rng``.
       implementation: "xla", "cudnn" (GPU, bf16 or float16) or None = the fastest known for
@@ -61,7 +80,22 @@ def attend(
         holds only the first of them.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if drop == 0.0 and (implementation is not None or jax.default_backend() != "cpu"):
+    fused = drop == 0.0 and (implementation is not None or jax.default_backend() != "cpu")
+    if fused and causal and mask is None and q.shape[1] == k.shape[1]:
+        # No mask in memory: the fused kernels skip what lies in the future.
+        return jax.nn.dot_product_attention(
+            q,
+            k,
+            v,
+            bias=bias,
+            is_causal=True,
+            local_window_size=None if window is None else (window - 1, 0),
+            scale=scale,
+            implementation=implementation,
+        )
+    if causal and mask is None:
+        mask = causal_mask(q.shape[1], k.shape[1] - q.shape[1], window)
+    if fused:
         return jax.nn.dot_product_attention(
             q, k, v, bias=bias, mask=mask, scale=scale, implementation=implementation
         )

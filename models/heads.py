@@ -1,4 +1,4 @@
-"""Heads: hidden states -> logits, for the kinds of task that an encoder serves.
+"""Heads: hidden states -> logits, for the kinds of task that a model serves.
 
 =================  ====================================  ==========================
 kind               logits                                labels
@@ -8,6 +8,7 @@ kind               logits                                labels
 ``token``           [B, T, C]                             class of each token
 ``span``            [B, T, 2]                             first and last token
 ``mlm``             [B, T, V], tied to the embedding      token
+``lm``              [B, T, V], tied or not                next token; of decoders only
 =================  ====================================  ==========================
 """
 
@@ -21,7 +22,7 @@ import jax
 from steppe.models.dropout import dropout
 from steppe.models.layers import Dense, LayerNorm, activation
 
-KINDS = ("classification", "regression", "token", "span", "mlm")
+KINDS = ("classification", "regression", "token", "span", "mlm", "lm")
 POOLED = ("classification", "regression")
 
 
@@ -31,7 +32,7 @@ class HeadConfig:
 
     Attributes:
       kind: one of ``KINDS``.
-      num_labels: C; 1 for regression, 2 for span, ignored for mlm.
+      num_labels: C; 1 for regression, 2 for span, ignored for mlm and lm.
       transform: activation of a dense layer between the first token and the output
         ("tanh", "relu"); None where the model's pooler does that work, or none is wanted.
       drop: dropout rate before each dense layer.
@@ -53,7 +54,7 @@ class HeadConfig:
 
 
 class Head(nn.Module):
-    """The network of a :class:`HeadConfig`."""
+    """The network of a :class:`HeadConfig`, on an encoder."""
 
     config: HeadConfig
     features: int
@@ -71,6 +72,8 @@ class Head(nn.Module):
         """x: [B, D] for pooled kinds, else [B, T, D]; table: [V, D] for mlm."""
         c = self.config
         keys = (None, None) if rng is None else tuple(jax.random.split(rng))
+        if c.kind == "lm":
+            raise ValueError("an encoder sees the next token; a head 'lm' needs a decoder")
         if c.kind == "mlm":
             if table is None:
                 raise ValueError("an mlm head needs the embedding table")

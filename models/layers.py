@@ -34,6 +34,7 @@ def gelu(x: jax.Array) -> jax.Array:
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": gelu,
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # CLIP
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
     "tanh": jnp.tanh,
@@ -91,6 +92,25 @@ class LayerNorm(nn.Module):
         return (y * scale + bias).astype(scale.dtype)
 
 
+class RMSNorm(nn.Module):
+    """``x / rms(x) * (offset + scale)`` over the last axis, in float32, in the dtype of the scale.
+
+    Zhang and Sennrich 2019 (arXiv 1910.07467). Gemma's files hold the scale less 1 (offset 1).
+    """
+
+    epsilon: float = 1e-6
+    offset: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        start = nn.initializers.constant(1.0 - self.offset)
+        scale = self.param("scale", start, (x.shape[-1],))
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
+        gain = scale.astype(jnp.float32) + self.offset if self.offset else scale
+        return (y * gain).astype(scale.dtype)
+
+
 class Embedding(nn.Module):
     """A table [N, D] and its look-up."""
 
@@ -116,6 +136,7 @@ class Attention(nn.Module):
       heads, kv_heads, head_dim: H, Hkv (H when None), Dh.
       features: D of the output.
       use_bias: biases on q, k, v, o.
+      out_bias: bias on o, where that differs from the others.
       drop: dropout rate on the probabilities.
       implementation: see ``attend``.
     """
@@ -125,6 +146,7 @@ class Attention(nn.Module):
     features: int
     kv_heads: int | None = None
     use_bias: bool = True
+    out_bias: bool | None = None
     drop: float = 0.0
     implementation: Implementation | None = None
 
@@ -189,28 +211,41 @@ class Attention(nn.Module):
                     f"masks.head must have {self.heads} heads a layer, got {head_mask.shape[-1]}"
                 )
             context_vectors = context_vectors * head_mask[:, None].astype(context_vectors.dtype)
-        out = Dense(self.features, self.use_bias, name="o")
+        out_bias = self.use_bias if self.out_bias is None else self.out_bias
+        out = Dense(self.features, out_bias, name="o")
         return hooks("attn.o", context_vectors.reshape(b, n, -1), out, **context)
 
 
 class FeedForward(nn.Module):
-    """``out(act(in(x)))``, or gated ``out(act(gate(x)) * in(x))``, with the ``ffn.*`` sites."""
+    """``out(act(in(x)))``, or gated ``out(act(gate(x)) * in(x))``, with the ``ffn.*`` sites.
+
+    Attributes:
+      drop: dropout rate of the activations.
+    """
 
     width: int
     features: int
     act: str = "gelu"
     gated: bool = False
     use_bias: bool = True
+    drop: float = 0.0
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, *, hooks: Hooks, ffn_mask: jax.Array | None = None, **context: Any
+        self,
+        x: jax.Array,
+        *,
+        hooks: Hooks,
+        ffn_mask: jax.Array | None = None,
+        rng: jax.Array | None = None,
+        **context: Any,
     ) -> jax.Array:
         """x [B, T, D], ffn_mask [F] -> [B, T, D]."""
         act = activation(self.act)
         y = hooks("ffn.in", x, Dense(self.width, self.use_bias, name="in"), **context)
         if self.gated:
-            y = act(Dense(self.width, self.use_bias, name="gate")(x)) * y
+            gate = hooks("ffn.gate", x, Dense(self.width, self.use_bias, name="gate"), **context)
+            y = act(gate) * y
         else:
             y = act(y)
         if ffn_mask is not None:
@@ -219,6 +254,7 @@ class FeedForward(nn.Module):
                     f"masks.ffn must have {self.width} units a layer, got {ffn_mask.shape[-1]}"
                 )
             y = y * ffn_mask.astype(y.dtype)
+        y = dropout(y, self.drop, rng)
         return hooks("ffn.out", y, Dense(self.features, self.use_bias, name="out"), **context)
 
 

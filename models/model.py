@@ -25,7 +25,7 @@ class ModelOut(NamedTuple):
         end, [B, T, V] language models.
       hidden: final hidden states [B, T, D], or all of them [L + 1, B, T, D] (embeddings
         first) when ``all_hidden=True``.
-      state: what a later call needs (a KV cache); None for encoders.
+      state: what a later call needs; None where nothing is carried over (see ``Decode``).
     """
 
     logits: jax.Array | None
@@ -101,6 +101,27 @@ class Parts(NamedTuple):
     head: Callable[..., jax.Array | None]
 
 
+class Decode(NamedTuple):
+    """Generation by a model, one token a call, with static shapes.
+
+    Attributes:
+      start: ``(params, batch, more, *, sites=None, masks=None) -> (logits [B, V], state)``
+        reads the prompt and leaves room for ``more`` (a static int) further tokens; the
+        logits, float32, score the first of them. The prompt of a decoder is ``input_ids``
+        [B, T] with ``attention_mask`` [B, T], padded on the left, so that all rows go on at
+        the same column. An encoder-decoder reads its source there (padded on the right) and
+        starts with its own start token, or goes on from ``decoder_input_ids``.
+      step: ``(params, tokens [B], state, *, sites=None, masks=None) -> (logits [B, V],
+        state)`` reads one more token a row. The state that it returns has the shapes and the
+        dtypes of the one that it was given: it can be the carry of a loop. Its method
+        ``take(rows)`` gives the state of the rows [N] of the batch, in that order: beams, and
+        prompts that are continued several times.
+    """
+
+    start: Callable[..., tuple[jax.Array, Any]]
+    step: Callable[..., tuple[jax.Array, Any]]
+
+
 @dataclass(frozen=True)
 class Model:
     """A network as a value; nothing in it holds parameters.
@@ -114,6 +135,7 @@ class Model:
       sites: names at which overlays can attach.
       trainable: regexes of the paths that train by default.
       parts: the stages of ``apply``; None where they do not come apart.
+      decode: how the model generates; None for one that does not.
       given: part of the params that exists already (the base under an overlay); ``init``
         leaves it out, and it is never copied: full = merge(init(key), given).
     """
@@ -125,6 +147,7 @@ class Model:
     sites: tuple[str, ...] = ()
     trainable: tuple[str, ...] = (".*",)
     parts: Parts | None = None
+    decode: Decode | None = None
     given: Params | None = field(default=None, compare=False, repr=False)
 
     def abstract(self) -> Params:

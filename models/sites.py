@@ -17,10 +17,23 @@ site                  wraps
                       the base model; always visible, at no position
 ``attn.o``            context [B, T, H * Dh] -> attention output [B, T, D]
 ``ffn.in``            hidden [B, T, D] -> pre-activation [B, T, F]
+``ffn.gate``          hidden [B, T, D] -> gate [B, T, F] before its activation; gated FFNs only
 ``ffn.out``           activation [B, T, F] -> feed-forward output [B, T, D]
 ``resid``             a whole layer, hidden -> hidden
 ``logits``            input of the head -> logits
 ====================  =======================================================================
+
+An encoder-decoder has two stacks: the names of its sites begin with ``encoder.`` or
+``decoder.`` (``encoder.embed``, ``decoder.attn.q``), but for ``logits``. Its decoder adds
+
+========================  ===================================================================
+``cross.q``               decoder hidden [B, U, D] -> projection [B, U, H * Dh]
+``cross.k|v``             encoder output [B, T, D] -> projection [B, T, H * Dh]
+``cross.kv_prefix``       encoder output [B, T, D] -> (keys, values) in front, [B, P, H, Dh]
+``cross.o``               context [B, U, H * Dh] -> attention output [B, U, D]
+``ssru.in|forget``        hidden [B, U, D] -> pre-activation [B, U, D] of the recurrent cell that
+                          replaces self-attention in some decoders
+========================  ===================================================================
 
 Sites inside the layers hold their parameters stacked on axis 0, one slice a layer, so that
 they pass through the layer scan. An absent site leaves no trace in the compiled program.
@@ -45,6 +58,12 @@ LAYER_SITES = (
     "ffn.out",
     "resid",
 )
+# Of gated feed-forward networks only: a model that has one adds it to its sites.
+GATE_SITE = "ffn.gate"
+# What a layer of an encoder-decoder's decoder has beside, or instead of, those above.
+CROSS_SITES = ("cross.q", "cross.k", "cross.v", "cross.kv_prefix", "cross.o")
+SSRU_SITES = ("ssru.in", "ssru.forget")
+ENCODER, DECODER = "encoder", "decoder"
 
 
 class SiteContext(NamedTuple):
@@ -58,6 +77,8 @@ class SiteContext(NamedTuple):
       residual: the residual stream that the sublayer's output is about to be added to.
       norm: the norm that follows the addition (post-norm) or precedes the sublayer
         (pre-norm); adapters that reuse it call it.
+      step: whether one token is being read after a prompt (``Decode.step``); what was put in
+        front of the prompt is there already.
     """
 
     layer: jax.Array | None = None
@@ -66,6 +87,7 @@ class SiteContext(NamedTuple):
     mask: jax.Array | None = None
     residual: jax.Array | None = None
     norm: Callable[[jax.Array], jax.Array] | None = None
+    step: bool = False
 
 
 SiteFn = Callable[[Any, Any, Callable[[Any], Any], SiteContext], Any]
@@ -128,6 +150,19 @@ def check_sites(sites: Mapping[str, Site] | None, known: tuple[str, ...], layers
                 )
 
 
+def within(sites: Mapping[str, Site] | None, part: str) -> dict[str, Site]:
+    """The sites of one stack of an encoder-decoder, under the names that the stack knows.
+
+    ``encoder.attn.q`` is ``attn.q`` within ``encoder``.
+    """
+    prefix = f"{part}."
+    return {
+        name.removeprefix(prefix): site
+        for name, site in (sites or {}).items()
+        if name.startswith(prefix)
+    }
+
+
 class Hooks:
     """The sites of one layer (or the outer ones), with that layer's slice of the deltas."""
 
@@ -157,4 +192,6 @@ class Hooks:
 
 
 def _stream(name: str) -> int:
-    return 1000 + (*OUTER_SITES, *LAYER_SITES).index(name)
+    if name in CROSS_SITES + SSRU_SITES:
+        return 1100 + (CROSS_SITES + SSRU_SITES).index(name)
+    return 1000 + (*OUTER_SITES, *LAYER_SITES, GATE_SITE).index(name)

@@ -56,6 +56,7 @@ def run_stack(
     remat: str = "auto",
     unroll: int = 1,
     all_hidden: bool = False,
+    extra: Any = None,
 ) -> jax.Array:
     """Runs layers ``start <= l < stop`` of a stack.
 
@@ -71,6 +72,7 @@ def run_stack(
         "auto" = "dots" for layers that are looped over and "none" for those written out.
       unroll: ranges of at most so many layers are written out instead of looped over.
       all_hidden: return the input and every layer's output, [stop - start + 1, B, T, D].
+      extra: further arrays [L, ...]; the block gets this layer's slice as ``extra``.
 
     Raises:
       ValueError: the range is not within the stack, params or masks are of another depth, or
@@ -92,10 +94,11 @@ def run_stack(
             return tree
         return jax.tree.map(lambda a: a[start:stop], tree)
 
-    xs = (cut(params), cut(inner), cut(masks), jnp.arange(start, stop) if need_index else None)
+    index = jnp.arange(start, stop) if need_index else None
+    xs = (cut(params), cut(inner), cut(masks), index, cut(extra))
 
     def body(x: jax.Array, slices: Any) -> tuple[jax.Array, jax.Array | None]:
-        layer_params, deltas, layer_masks, index = slices
+        layer_params, deltas, layer_masks, index, more = slices
         rng = None if context.rng is None else jax.random.fold_in(context.rng, index)
         hooks = Hooks(sites, deltas, context._replace(layer=index, rng=rng))
 
@@ -108,6 +111,7 @@ def run_stack(
                 ffn_mask=layer_masks.ffn,
                 layer_mask=layer_masks.layer,
                 rng=rng,
+                **({} if extra is None else {"extra": more}),
             )
 
         y = rows(hooks("resid", x, run))

@@ -6,30 +6,116 @@ with ``{}`` stands for one tensor a layer; they are stacked into one leaf.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
 
 from steppe.models.encoder import EncoderConfig
-from steppe.models.heads import HeadConfig
+from steppe.models.heads import POOLED, HeadConfig
+from steppe.models.model import Model
+
+Shape = tuple[int, ...]
+
+
+class Config(Protocol):
+    """What every family's configuration has: a frozen dataclass that builds a model."""
+
+    @property
+    def family(self) -> str:
+        """Name of the family whose files it reads and writes."""
+
+    @property
+    def head(self) -> HeadConfig | None:
+        """The head, or None."""
+
+    def with_head(self, head: HeadConfig | None) -> Any:
+        """The same network under another head."""
+
+    def build(self) -> Model:
+        """The model of this configuration."""
+
+
+class Codec(NamedTuple):
+    """A layout that differs from ours by more than a transposition.
+
+    Attributes:
+      load: the stored tensor -> ours.
+      save: ours -> the stored tensor.
+      stored: our shape -> the stored one.
+    """
+
+    load: Callable[[np.ndarray], np.ndarray]
+    save: Callable[[np.ndarray], np.ndarray]
+    stored: Callable[[Shape], Shape]
 
 
 @dataclass(frozen=True)
 class Name:
-    """One leaf: our path, the tensor's name, and whether the file stores it transposed.
+    """One leaf: our path, the tensor's name, and how the file stores it.
 
-    PyTorch keeps a linear map as (out, in); ours are (in, out).
+    Attributes:
+      path: our path.
+      tensor: the tensor's name; ``{}`` in it is the layer's number.
+      transposed: PyTorch keeps a linear map as (out, in); ours are (in, out).
+      part: (i, n): ours is the i-th of n equal pieces of the tensor along its outputs, as where
+        queries, keys and values are stored as one matrix.
+      codec: for any other layout; the whole tensor is read then.
     """
 
     path: str
     tensor: str
     transposed: bool = False
+    part: tuple[int, int] | None = None
+    codec: Codec | None = None
 
-    def tensors(self, layers: int) -> list[str]:
-        """The tensor's names, one a layer for a stacked leaf."""
-        if "{}" not in self.tensor:
+    @property
+    def stacked(self) -> bool:
+        """Whether the leaf is made of one tensor a layer."""
+        return "{}" in self.tensor
+
+    def tensors(self, shape: Shape) -> list[str]:
+        """Names of the tensors of a leaf of this shape, one a layer for a stacked leaf."""
+        if not self.stacked:
             return [self.tensor]
-        return [self.tensor.format(layer) for layer in range(layers)]
+        return [self.tensor.format(layer) for layer in range(shape[0])]
+
+    def stored_shape(self, shape: Shape) -> Shape:
+        """Shape of each tensor of a leaf of this shape."""
+        inner = shape[1:] if self.stacked else shape
+        if self.codec is not None:
+            return self.codec.stored(inner)
+        stored = inner[::-1] if self.transposed else inner
+        if self.part is None:
+            return stored
+        axis, pieces = self._outputs(stored), self.part[1]
+        return (*stored[:axis], stored[axis] * pieces, *stored[axis + 1 :])
+
+    def region(self, inner: tuple[slice, ...], shape: Shape) -> tuple[slice, ...]:
+        """Where a region of one layer's leaf of ``shape`` lies in the stored tensor."""
+        stored = inner[::-1] if self.transposed else inner
+        if self.part is None:
+            return stored
+        axis = self._outputs(stored)
+        size = (shape[::-1] if self.transposed else shape)[axis]
+        start = self.part[0] * size
+        low, high, step = stored[axis].indices(size)
+        moved = slice(start + low, start + high, step)
+        return (*stored[:axis], moved, *stored[axis + 1 :])
+
+    def join(self, pieces: list[np.ndarray]) -> np.ndarray:
+        """The stored tensor of one layer from our leaves: one, or the n parts in order."""
+        if self.codec is not None:
+            return self.codec.save(pieces[0])
+        stored = [piece.T if self.transposed else piece for piece in pieces]
+        return stored[0] if len(stored) == 1 else np.concatenate(stored, self._outputs(stored[0]))
+
+    def _outputs(self, stored: Any) -> int:
+        """Axis of the outputs in the stored tensor (given it, its shape or an index)."""
+        dimensions = stored.ndim if isinstance(stored, np.ndarray) else len(stored)
+        return 0 if self.transposed else dimensions - 1
 
 
 def dense(path: str, tensor: str) -> list[Name]:
@@ -55,8 +141,12 @@ class HeadNames:
     """A head as the family's files hold it: the class that opens it, its tensors, its layout."""
 
     architecture: str
-    names: list[Name]
+    names: list[Name] | Callable[[Any], list[Name]]
     transform: str | None = None
+
+    def of(self, config: Any) -> list[Name]:
+        """The head's names under a configuration."""
+        return self.names(config) if callable(self.names) else self.names
 
 
 @dataclass(frozen=True)
@@ -67,25 +157,28 @@ class Family:
       name: the ``model_type`` of its config.json.
       prefix: what precedes the names of the base model inside a model with a head.
       base: class of the model without a head.
-      body: leaves of the base model, the pooler apart.
+      body: leaves of the base model, the pooler apart; or a function of the configuration.
       pooler: leaves of the pooler; empty when the family has none.
       pooled: whether sequence-level heads read the pooler (else they hold a layer of their own).
       heads: head kind -> its names.
       read: config.json -> our config, without a head.
       write: our config -> config.json, without what all families share.
       ignored: tensors (suffixes) that carry nothing, such as stored position ids.
+      adjust: ``(config, tensors) -> config`` where the tensors that a file holds decide about
+        the configuration, as for a head that may be tied.
     """
 
     name: str
     prefix: str
     base: str
-    body: list[Name]
+    body: list[Name] | Callable[[Any], list[Name]]
     heads: Mapping[str, HeadNames]
-    read: Callable[[Mapping[str, Any]], EncoderConfig]
-    write: Callable[[EncoderConfig], dict[str, Any]]
+    read: Callable[[Mapping[str, Any]], Any]
+    write: Callable[[Any], dict[str, Any]]
     pooler: list[Name] = field(default_factory=list)
     pooled: bool = False
     ignored: tuple[str, ...] = ("position_ids", "token_type_ids")
+    adjust: Callable[[Any, Collection[str]], Any] | None = None
 
     def head(self, kind: str, num_labels: int, drop: float) -> HeadConfig:
         """The family's head of this kind.
@@ -99,17 +192,29 @@ class Family:
             )
         return HeadConfig(kind, num_labels, self.heads[kind].transform, drop)
 
-    def names(self, config: EncoderConfig) -> list[Name]:
+    def names(self, config: Any) -> list[Name]:
         """All leaves of ``config`` with the tensor names of a file that holds exactly it."""
-        body = self.body + (self.pooler if config.pooler else [])
-        if not config.types:
-            body = [n for n in body if not n.path.startswith("embed/type/")]
+        body = self.body(config) if callable(self.body) else list(self.body)
+        if isinstance(config, EncoderConfig):
+            body += self.pooler if config.pooler else []
+            if not config.types:
+                body = [n for n in body if not n.path.startswith("embed/type/")]
         if config.head is None:
             return body
-        prefixed = [Name(n.path, f"{self.prefix}.{n.tensor}", n.transposed) for n in body]
-        return prefixed + self.heads[config.head.kind].names
+        if self.prefix:
+            body = [dataclasses.replace(n, tensor=f"{self.prefix}.{n.tensor}") for n in body]
+        return body + self.heads[config.head.kind].of(config)
 
-    def architecture(self, config: EncoderConfig) -> str:
+    def settle(self, config: Any, tensors: Collection[str]) -> Any:
+        """``config`` with what depends on the tensors of a file, named without the prefix."""
+        if self.pooler:
+            head = config.head
+            held = self.pooler[0].tensor in tensors
+            pooler = held if head is None else head.kind in POOLED and self.pooled
+            config = dataclasses.replace(config, pooler=pooler)
+        return config if self.adjust is None else self.adjust(config, tensors)
+
+    def architecture(self, config: Any) -> str:
         """Class in ``transformers`` that opens what we write for ``config``."""
         return self.base if config.head is None else self.heads[config.head.kind].architecture
 

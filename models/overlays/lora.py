@@ -23,16 +23,18 @@ import jax.numpy as jnp
 from steppe.models import tree
 from steppe.models.dropout import dropout
 from steppe.models.model import Rules
-from steppe.models.overlays.overlay import Overlay, site_kernel
+from steppe.models.overlays.overlay import Overlay, site_kernel, site_path
 from steppe.models.sites import Site, SiteContext
 from steppe.models.tree import Params
 
 # A is split like its matrix's inputs, B like its outputs; the rank never is.
+_IN = r"layers/(\w+\.)?((attn|cross)\.[qkv]|ffn\.(in|gate)|ssru\.(in|forget))"
+_OUT = r"layers/(\w+\.)?((attn|cross)\.o|ffn\.out)"
 RULES: Rules = (
-    (r"layers/(attn\.[qkv]|ffn\.in)/a", (None, "fsdp", None)),
-    (r"layers/(attn\.[qkv]|ffn\.in)/b", (None, None, "model")),
-    (r"layers/(attn\.o|ffn\.out)/a", (None, "model", None)),
-    (r"layers/(attn\.o|ffn\.out)/b", (None, None, "fsdp")),
+    (_IN + r"/a", (None, "fsdp", None)),
+    (_IN + r"/b", (None, None, "model")),
+    (_OUT + r"/a", (None, "model", None)),
+    (_OUT + r"/b", (None, None, "fsdp")),
 )
 
 
@@ -49,7 +51,8 @@ def overlay(
     Args:
       rank: r; 0 is the base itself.
       alpha: numerator of the scale.
-      sites: dense layers to adapt, of ``attn.q|k|v|o`` and ``ffn.in|out``.
+      sites: dense layers to adapt, of ``attn.q|k|v|o`` and ``ffn.in|gate|out``; those of an
+        encoder-decoder begin with the stack (``encoder.attn.q``, ``decoder.cross.v``).
       drop: dropout rate on the branch's input.
       rank_stabilised: scale by alpha / sqrt(r) instead of alpha / r.
 
@@ -102,7 +105,7 @@ def overlay(
             low = {n: delta[tree.STACK][name][n].astype(jnp.float32) for n in "ab"}
             update = scale * jnp.einsum("lir,lro->lio", low["a"], low["b"])
             new = (kernel.astype(jnp.float32) + update).astype(kernel.dtype)
-            folded[f"{tree.STACK}/{name.replace('.', '/')}/kernel"] = new
+            folded[site_path(params, name)] = new
         return tree.replace(params, folded)
 
     return Overlay("lora", init, attach, merge, RULES)

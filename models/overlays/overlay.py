@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from steppe.models import tree
-from steppe.models.model import Batch, Masks, Model, ModelOut, Rules
+from steppe.models.model import Batch, Decode, Masks, Model, ModelOut, Rules
 from steppe.models.sites import Site, stack_sites
 from steppe.models.tree import Params
 
@@ -63,14 +63,15 @@ class Overlay:
         model: Model,
         frozen: Params | None = None,
         *,
-        trainable: tuple[str, ...] = (r"head/.*",),
+        trainable: tuple[str, ...] | None = None,
     ) -> Model:
         """``model`` with this overlay attached.
 
         Args:
           frozen: the base's parameters; None = the bound model initialises them too.
           trainable: paths of the base that train beside the delta; those that match nothing
-            are ignored, so that the default also serves a model without a head.
+            are ignored. Default: the head, unless it is that of a language model, which is
+            pretrained as the rest is.
 
         Raises:
           ValueError: ``frozen`` are not the parameters of ``model``.
@@ -110,6 +111,37 @@ class Overlay:
                 all_hidden=all_hidden,
             )
 
+        decode = model.decode
+        if decode is not None:
+            base_start, base_step = decode
+
+            def start(
+                params: Params,
+                batch: Batch,
+                more: int,
+                *,
+                sites: Mapping[str, Site] | None = None,
+                **options: Any,
+            ) -> tuple[jax.Array, Any]:
+                both = stack_sites(self.sites(params[OVERLAY]), sites or {})
+                return base_start(params[BASE], batch, more, sites=both, **options)
+
+            def step(
+                params: Params,
+                tokens: jax.Array,
+                state: Any,
+                *,
+                sites: Mapping[str, Site] | None = None,
+                **options: Any,
+            ) -> tuple[jax.Array, Any]:
+                both = stack_sites(self.sites(params[OVERLAY]), sites or {})
+                return base_step(params[BASE], tokens, state, sites=both, **options)
+
+            decode = Decode(start, step)
+
+        if trainable is None:
+            head = getattr(model.config, "head", None)
+            trainable = () if head is not None and head.kind in ("lm", "mlm") else (r"head/.*",)
         base_paths = tree.paths(model.abstract())
         live = [p for p in trainable if any(tree.matches(path, (p,)) for path in base_paths)]
         given = None if frozen is None else {BASE: frozen}
@@ -120,6 +152,7 @@ class Overlay:
             axes=_prefix(BASE, model.axes) + _prefix(OVERLAY, self.axes),
             trainable=(rf"{OVERLAY}/.*", *(rf"{BASE}/(?:{p})" for p in live)),
             parts=None,
+            decode=decode,
             given=given,
         )
 
@@ -155,18 +188,36 @@ def _prefix(root: str, rules: Rules) -> Rules:
     return tuple((rf"{root}/(?:{pattern})", axes) for pattern, axes in rules)
 
 
-def site_kernel(params: Params, site: str) -> Any:
-    """The stacked kernel [L, d_in, d_out] that the dense layer of ``site`` multiplies by.
+def kernel_paths(params: Params) -> dict[str, str]:
+    """Site of every dense layer -> the path of its stacked kernel.
+
+    ``attn.q`` -> ``layers/attn/q/kernel``; of a model with several stacks, ``encoder.attn.q``
+    -> ``encoder/layers/attn/q/kernel``.
+    """
+    found = {}
+    for path in tree.paths(params):
+        *parents, last = path.split(tree.SEPARATOR)
+        if last == "kernel" and tree.STACK in parents:
+            found[".".join(p for p in parents if p != tree.STACK)] = path
+    return found
+
+
+def site_path(params: Params, site: str) -> str:
+    """The path of the stacked kernel that the dense layer of ``site`` multiplies by.
 
     Raises:
       ValueError: the site is not a dense layer of this model; those that are get listed.
     """
-    layers = params["layers"]
-    dense = [
-        path.removesuffix("/kernel").replace("/", ".")
-        for path in tree.paths(layers)
-        if path.endswith("/kernel")
-    ]
+    dense = kernel_paths(params)
     if site not in dense:
         raise ValueError(f"no dense layer at site {site!r}; there are {', '.join(sorted(dense))}")
-    return tree.get(layers, f"{site.replace('.', '/')}/kernel")
+    return dense[site]
+
+
+def site_kernel(params: Params, site: str) -> Any:
+    """The stacked kernel [L, d_in, d_out] that the dense layer of ``site`` multiplies by.
+
+    Raises:
+      ValueError: as :func:`site_path`.
+    """
+    return tree.get(params, site_path(params, site))
