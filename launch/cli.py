@@ -17,10 +17,12 @@ usage: steppe COMMAND [options]      (steppe COMMAND --help lists the options)
 
   finetune [RECIPE]   fine-tune a pretrained model, evaluate, report, export
   evaluate MODEL      evaluate a run or an exported model on any data
+  generate MODEL      texts for one prompt or a file of them
+  chat MODEL          talk to a model
   assets              list, fetch or check real models and data sets
   report RUN          write the report of a run folder again
   papers [NAME]       the systems that steppe implements
-  bench NAME          benchmarks: finetune, compile, load, imports, mfu
+  bench NAME          benchmarks: finetune, lm-step, generate, compile, load, imports, mfu
   --version           print the versions that matter
 
 recipes: {recipes}
@@ -72,6 +74,8 @@ def _dispatch(args: list[str]) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "finetune": _finetune,
         "evaluate": _evaluate,
+        "generate": _generate,
+        "chat": _chat,
         "assets": _assets,
         "report": _report,
         "papers": _papers,
@@ -147,9 +151,7 @@ def _finetune(args: list[str]) -> int:
 def _evaluate(args: list[str]) -> int:
     from steppe.launch.config import EvaluateConfig
 
-    # The model stands first, without a flag, as everybody would type it.
-    if args and not args[0].startswith("-"):
-        args = ["--model", *args]
+    args = _model_first(args)
     model = next((a for f, a in itertools.pairwise(args) if f == "--model"), "")
     model = next((a.split("=", 1)[1] for a in args if a.startswith("--model=")), model)
     from steppe.launch import evaluation
@@ -160,6 +162,37 @@ def _evaluate(args: list[str]) -> int:
     default = EvaluateConfig(model) if own is None else EvaluateConfig(model, own)
     evaluation.run(_parse(EvaluateConfig, args, "evaluate", default if model else None))
     return 0
+
+
+def _generate(args: list[str]) -> int:
+    from steppe.launch.config import GenerateConfig
+
+    config = _parse(GenerateConfig, _model_first(args), "generate")
+    _named(config.model, "generate")
+    from steppe.launch import generate
+
+    generate.run(config)
+    return 0
+
+
+def _chat(args: list[str]) -> int:
+    from steppe.launch.config import ChatConfig
+
+    config = _parse(ChatConfig, _model_first(args), "chat")
+    _named(config.model, "chat")
+    from steppe.launch import chat
+
+    return chat.run(config)
+
+
+def _model_first(args: list[str]) -> list[str]:
+    """The model stands first, without a flag, as everybody would type it."""
+    return ["--model", *args] if args and not args[0].startswith("-") else args
+
+
+def _named(model: str, prog: str) -> None:
+    if not model:
+        raise ValueError(f"no model is named: steppe {prog} MODEL, such as asset:smollm2")
 
 
 def _assets(args: list[str]) -> int:

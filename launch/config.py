@@ -13,7 +13,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-TaskKind = Literal["classification", "pair", "regression", "token", "span", "mlm"]
+TaskKind = Literal[
+    "classification",
+    "pair",
+    "regression",
+    "token",
+    "span",
+    "mlm",
+    "lm",
+    "chat",
+    "seq2seq",
+    "image",
+]
 Schedule = Literal["linear", "cosine", "constant"]
 
 
@@ -23,17 +34,32 @@ class DataConfig:
 
     Attributes:
       source: address, such as ``asset:vader/movies``, ``file:reviews.csv``, ``hf:imdb``.
-      task: what is predicted.
+      task: what is predicted. lm: all tokens of a text; chat: the answers of conversations;
+        seq2seq: one text from another; image: the class of an image.
       text: column of the text (of the words for token tasks, of the question for span).
       pair: column of the second text (of the context for span); a regression reads it too
         where the data has it.
       label: column of the label.
+      messages: chat: column of the conversations, lists of {role, content}.
+      prompt, answer: chat: columns of question and answer, for data without conversations.
+      system: chat: what the first message of every question-and-answer conversation says.
+      input, target: seq2seq: columns of the two texts.
+      prefix: seq2seq: put in front of every input, as T5 wants ("translate English to German: ").
+      image: image: column of the images.
+      image_size: image: side in pixels that images are scaled to; 0 = the model's own.
+      packed: lm, chat: several texts a row of max_length tokens in training.
       classes: names of the classes in order; empty = those found, sorted.
       split: split of the source to read, for sources that have several.
       fractions: train, valid, test shares of the hash split.
+      group: column whose equal values stay in one split, such as ``db_id`` or ``group``; empty
+        = every example by itself.
+      official: test on the examples that the data's own ``split`` column calls "test"; the
+        others are divided into train and valid.
       limit: use only the first N training examples of the hash order; 0 = all.
-      max_length: tokens an example may have; longer ones are cut.
-      buckets: padded lengths; every distinct one is one compiled program.
+      eval_limit: the same for the validation and the test examples, each.
+      max_length: tokens an example (packed: a row) may have; longer ones are cut.
+      buckets: padded lengths; every distinct one is one compiled program. Packed rows have one
+        length, images one size; seq2seq: empty = pairs of lengths chosen from the data.
     """
 
     source: str = "asset:vader/movies"
@@ -41,16 +67,30 @@ class DataConfig:
     text: str = "text"
     pair: str = "text_pair"
     label: str = "label"
+    messages: str = "messages"
+    prompt: str = "prompt"
+    answer: str = "answer"
+    system: str = ""
+    input: str = "source"
+    target: str = "target"
+    prefix: str = ""
+    image: str = "image"
+    image_size: int = 0
+    packed: bool = True
     classes: tuple[str, ...] = ()
     split: str | None = None
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    group: str = ""
+    official: bool = False
     limit: int = 0
+    eval_limit: int = 0
     max_length: int = 128
     buckets: tuple[int, ...] = (32, 64, 128)
 
     def __post_init__(self) -> None:
-        if self.limit < 0:
-            raise ValueError(f"data.limit must be >= 0, got {self.limit}")
+        for name in ("limit", "eval_limit", "image_size"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"data.{name} must be >= 0, got {getattr(self, name)}")
         if self.max_length < 1:
             raise ValueError(f"data.max_length must be >= 1, got {self.max_length}")
 
@@ -83,7 +123,8 @@ class LoraConfig:
     """A LoRA overlay in place of full fine-tuning; rank 0 = none.
 
     Attributes:
-      rank, alpha, sites, drop: see ``steppe.models.overlays.lora``.
+      rank, alpha, sites, drop: see ``steppe.models.overlays.lora``. Encoder-decoders name
+        their sites ``encoder.attn.q``, ``decoder.attn.q``, ``decoder.cross.q``, ...
     """
 
     rank: int = 0
@@ -106,6 +147,8 @@ class FinetuneConfig:
       microbatches: pieces that a batch is computed in; the result is the same.
       drop: dropout rate; negative = the model's own.
       freeze: regexes of parameter paths that do not train.
+      probe: train nothing but the head: a logistic regression on features that are computed
+        once. Classes only; the epochs, steps and optimiser settings are not used.
       ema: decay of an exponential moving average of the weights, used for evaluation; 0 = off.
       compute_dtype: of the forward and backward pass; the master copy is float32.
       mesh: devices by axis, such as ``data=4,model=2``; empty = all on ``data``.
@@ -114,6 +157,9 @@ class FinetuneConfig:
       keep: checkpoints to keep.
       tensorboard: also write event files to ``RUN/tensorboard`` (needs the extra of that name).
       baselines: also fit majority class and frozen features + logistic regression.
+      samples: lm, chat, seq2seq: test examples for which texts are written before and after
+        the training, greedily; 0 = none.
+      sample_tokens: most tokens of such a text.
       resume: continue the run in ``out``.
       dry_run: print the resolved config, parameter count, memory and FLOPs, and stop.
     """
@@ -129,6 +175,7 @@ class FinetuneConfig:
     microbatches: int = 1
     drop: float = -1.0
     freeze: tuple[str, ...] = ()
+    probe: bool = False
     ema: float = 0.0
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     mesh: str = ""
@@ -139,6 +186,8 @@ class FinetuneConfig:
     keep: int = 2
     tensorboard: bool = False
     baselines: bool = True
+    samples: int = 16
+    sample_tokens: int = 64
     resume: bool = False
     dry_run: bool = False
 
@@ -147,13 +196,17 @@ class FinetuneConfig:
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        for name in ("steps", "eval_every", "save_every"):
+        for name in ("steps", "eval_every", "save_every", "samples", "sample_tokens"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
         if self.steps == 0 and not self.epochs > 0:
             raise ValueError(f"epochs must be > 0 (or give steps), got {self.epochs}")
         if not 0.0 <= self.ema < 1.0:
             raise ValueError(f"ema must be in [0, 1), got {self.ema}")
+        if self.probe and (self.lora.rank or self.freeze or self.ema):
+            raise ValueError(
+                "probe=True trains the head alone: it goes with neither lora, freeze nor ema"
+            )
         if self.drop >= 1.0:
             raise ValueError(f"drop must be below 1, got {self.drop}")
 
@@ -175,7 +228,10 @@ class EvaluateConfig:
       data: examples; for a run folder, its own settings where they are not given here.
       split: train, valid or test of the hash split, or ``all`` examples; ``auto`` = test on
         the run's own source, all examples of any other.
-      batch_size: examples a forward pass.
+      batch_size: examples a forward pass, at most.
+      samples: lm, chat, seq2seq: examples for which texts are written, greedily; answers and
+        translations are scored by chrF, BLEU and equality.
+      sample_tokens: most tokens of such a text.
       out: JSON file for the result; empty = print only.
     """
 
@@ -183,11 +239,93 @@ class EvaluateConfig:
     data: DataConfig = field(default_factory=lambda: DataConfig(source=""))
     split: Literal["auto", "train", "valid", "test", "all"] = "auto"
     batch_size: int = 64
+    samples: int = 0
+    sample_tokens: int = 64
     out: str = ""
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be >= 1, got {self.batch_size}")
+        for name, least in (("batch_size", 1), ("samples", 0), ("sample_tokens", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How texts are written; the defaults take the most probable token each time.
+
+    Attributes:
+      max_new_tokens: most tokens of a text.
+      temperature: 0 = greedy; above, samples.
+      top_k: sample among the k most probable tokens; 0 = all.
+      top_p: sample among the most probable tokens of this total probability; 1 = all.
+      min_p: sample among tokens at least this probable relative to the best one.
+      repetition_penalty: above 1, tokens that were there already become less probable.
+      stop: texts end before any of these strings (backslash n is a new line).
+      seed: of the samples; prompt number i has the seed ``seed + i``.
+      dtype: of the parameters and of the computation.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        if not all(self.stop):
+            raise ValueError("stop must not be empty: every text ends before an empty string")
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings, with new lines and tabs as such."""
+        return tuple(s.replace("\\n", "\n").replace("\\t", "\t") for s in self.stop)
+
+
+@dataclass(frozen=True)
+class GenerateConfig(SamplingConfig):
+    """``steppe generate``: go on with prompts, answer them, or translate them.
+
+    Attributes:
+      model: run folder, model folder, file of weights, or ``asset:NAME``.
+      prompt: one text; what is written for it appears as it is written.
+      prompts: file of several: one a line, or ``.jsonl`` with a column of them.
+      column: of that file; a chat may stand there as a list of messages.
+      chat: prompts are what a user says, put into the model's chat template.
+      system: the system message of such chats.
+      prefix: put in front of every prompt, as T5 wants ("translate English to German: ").
+      beams: above 1 = beam search in place of greedy.
+      batch_size: prompts that are gone on with at once.
+      out: file for the texts as JSON lines; without it those of a file go to the terminal.
+    """
+
+    model: str = ""
+    prompt: str = ""
+    prompts: str = ""
+    column: str = "prompt"
+    chat: bool = False
+    system: str = ""
+    prefix: str = ""
+    beams: int = 1
+    batch_size: int = 8
+    out: str = ""
+
+
+@dataclass(frozen=True)
+class ChatConfig(SamplingConfig):
+    """``steppe chat``: talk to a model.
+
+    Attributes:
+      model: run folder, model folder, file of weights, or ``asset:NAME``.
+      system: the system message.
+    """
+
+    model: str = ""
+    system: str = ""
+    max_new_tokens: int = 256
 
 
 def _slug(address: str) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import jax
 
 from steppe.launch import config as config_
-from steppe.launch import estimate, setup
+from steppe.launch import estimate
 from steppe.launch.pieces import Pieces
 from steppe.train import step
 
@@ -22,7 +23,7 @@ def show(pieces: Pieces) -> dict[str, Any]:
     from rich.table import Table
 
     config = pieces.config
-    length = setup.buckets(config.data)[-1]
+    shape = max(pieces.batches.shapes, key=math.prod)
     state = step.abstract(
         pieces.model,
         pieces.tx,
@@ -31,16 +32,19 @@ def show(pieces: Pieces) -> dict[str, Any]:
         trainable=pieces.trainable,
         ema=config.ema or None,
     )
-    rows = config.batch_size
+    tokenizer = pieces.data.tokenizer
     shapes = estimate.batch_shapes(
-        pieces.data.task.kind, rows, length, pieces.data.tokenizer.has_token_types
+        pieces.data.task.kind,
+        shape,
+        types=tokenizer is not None and tokenizer.has_token_types,
+        packed=getattr(pieces.data.splits["train"], "packing", None) is not None,
     )
     batch = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=pieces.plan.rows())
         for name, leaf in shapes.items()
     }
     found = estimate.estimate(pieces.train, state, batch)
-    found["model_flops"] = estimate.model_flops(pieces.loaded.model.config, rows, length)
+    found["model_flops"] = estimate.model_flops(pieces.loaded.model, shape)
     found["steps"] = pieces.steps
     found["shapes"] = sorted(pieces.batches.shapes)
 
@@ -51,14 +55,18 @@ def show(pieces: Pieces) -> dict[str, Any]:
     table.add_row("trainable", f"{found['trainable']:,}")
     if "peak_bytes" in found:
         table.add_row("state per device", _mib(found["state_bytes"]))
-        table.add_row(f"peak per device, batch {rows} x {length}", _mib(found["peak_bytes"]))
+        table.add_row(f"peak per device, batch {_by(shape)}", _mib(found["peak_bytes"]))
     table.add_row("FLOPs a step, matmuls", f"{found['model_flops']:.3e}")
-    table.add_row("shapes of batches", ", ".join(f"{b} x {t}" for b, t in found["shapes"]))
+    table.add_row("shapes of batches", ", ".join(map(_by, found["shapes"])))
     table.add_row("steps", f"{pieces.steps}  ({pieces.epoch} an epoch)")
     for name, count in pieces.data.counts().items():
         table.add_row(f"examples, {name}", f"{count:,}")
     console.print(table)
     return found
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def _mib(size: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -12,18 +13,36 @@ from steppe.train.step import TrainStep
 from steppe.train.types import TrainState
 
 
-def batch_shapes(kind: str, rows: int, length: int, types: bool) -> dict[str, Any]:
-    """Abstract batch of a task: what the collator gives, without its content."""
-    per_token = kind in ("token", "mlm")
-    label = (rows, length) if per_token else (rows, 2) if kind == "span" else (rows,)
-    integers = {"input_ids": (rows, length), "attention_mask": (rows, length), "labels": label}
-    if types:
-        integers["token_type_ids"] = (rows, length)
-    shapes = {n: jax.ShapeDtypeStruct(s, jnp.int32) for n, s in integers.items()}
+def batch_shapes(kind: str, shape: tuple[int, ...], *, types: bool, packed: bool) -> dict[str, Any]:
+    """Abstract batch of a task: what the collator gives, without its content.
+
+    Args:
+      kind: of the task.
+      shape: as the batches' ``shapes`` hold it: (B, T), (B, S, U) of two texts, or (B, H, W, 3).
+      types: whether the model has token types.
+      packed: whether rows hold several texts.
+    """
+    rows, tokens = shape[0], shape[:2]
+    if len(shape) == 4:
+        shapes = {"pixel_values": jax.ShapeDtypeStruct(shape, jnp.uint8)}
+        integers: dict[str, tuple[int, ...]] = {}
+    else:
+        shapes = {}
+        integers = dict.fromkeys(("input_ids", "attention_mask"), tokens)
+        if types:
+            integers["token_type_ids"] = tokens
+        if packed:
+            integers |= dict.fromkeys(("segment_ids", "position_ids"), tokens)
+    label: tuple[int, ...] = (rows,)
+    if kind in ("token", "mlm", "lm"):
+        label = tokens
+    elif kind == "seq2seq":
+        label = (rows, shape[2])
+    integers["labels"] = (rows, 2) if kind == "span" else label
+    shapes |= {n: jax.ShapeDtypeStruct(s, jnp.int32) for n, s in integers.items()}
     if kind == "regression":
         shapes["labels"] = jax.ShapeDtypeStruct(label, jnp.float32)
-    mask = (rows, length) if per_token else (rows,)
-    shapes["label_mask"] = jax.ShapeDtypeStruct(mask, jnp.float32)
+    shapes["label_mask"] = jax.ShapeDtypeStruct(label, jnp.float32)
     return shapes
 
 
@@ -51,14 +70,33 @@ def estimate(train: TrainStep, state: TrainState, batch: dict[str, Any]) -> dict
     return out
 
 
-def model_flops(config: Any, rows: int, length: int, trainable: bool = True) -> float:
+def model_flops(model: Any, shape: tuple[int, ...]) -> float:
     """FLOPs of one step by counting: 2 a multiply-add, backward = 2 x forward.
 
-    Matmuls of the layers (q, k, v, o, both feed-forward maps) and attention (scores and
-    weighted sum); embeddings, norms and the head are left out, as is usual for MFU.
+    Matmuls of the layers and attention (scores and weighted sum), and the logits of a language
+    model; embeddings, norms and other heads are left out, as is usual for MFU.
+
+    Args:
+      model: without an overlay.
+      shape: of a batch, as in :func:`batch_shapes`.
     """
-    width, ffn = config.width, config.ffn_width
-    dense = 2 * rows * length * (4 * width * width + 2 * width * ffn)
-    attention = 2 * 2 * rows * length * length * width
-    forward = config.layers * (dense + attention)
-    return float(forward * (3 if trainable else 1))
+    config, params = model.config, tree.flatten(model.abstract())
+    rows = shape[0]
+    lengths = {"": shape[1]}  # of the stack of layers whose paths begin so
+    if len(shape) == 4:
+        lengths = {"": 1 + (shape[1] // config.patch) * (shape[2] // config.patch)}
+    elif len(shape) == 3:
+        lengths = {"encoder/": shape[1], "decoder/": shape[2]}
+    forward = 0.0
+    for prefix, length in lengths.items():
+        kernels = {
+            p: leaf.shape
+            for p, leaf in params.items()
+            if p.startswith(f"{prefix}layers/") and p.endswith("/kernel")
+        }
+        forward += 2.0 * rows * length * sum(math.prod(s) for s in kernels.values())
+        queries = [s for p, s in kernels.items() if p.endswith("attn/q/kernel")]
+        forward += sum(4.0 * rows * length**2 * s[0] * s[-1] for s in queries)
+    if config.head is not None and config.head.kind == "lm":
+        forward += 2.0 * rows * shape[-1] * config.width * config.vocab_size
+    return 3.0 * forward

@@ -6,13 +6,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from steppe.data import batches, splits
+from steppe.data import batches
 from steppe.data.text import Tokenizer
 from steppe.launch import config as config_
-from steppe.launch import machine, outputs, setup
+from steppe.launch import kinds, machine, opening, outputs, scoring, setup
 from steppe.launch.config import DataConfig, EvaluateConfig
+from steppe.launch.pieces import rows_of
 from steppe.models import pretrained
-from steppe.train import evaluate
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     from rich.table import Table
 
     own = own_data(config.model)
-    origin = setup.origin(config.model if own is None else str(Path(config.model) / "model"))
+    origin = opening.resolve(config.model)
     data = config.data if config.data.source or own is None else own
     if not data.source:
         raise ValueError(
@@ -40,15 +40,21 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     if split == "auto":
         # The hash split of another source would be a tenth of it, and means nothing there.
         split = "test" if own is not None and own.source == data.source else "all"
+    bare = pretrained.load_config(origin.weights)
+    tokenizer = setup.fitting(data, origin, bare)
     loaded = pretrained.load(origin.weights)
     head = loaded.model.config.head
+    if head is None and data.task in ("lm", "chat", "seq2seq"):
+        # Saved without the class of a head; a tied one is there all the same.
+        loaded = pretrained.load(origin.weights, head="lm")
+        head = None if loaded.fresh else loaded.model.config.head
     if head is None:
         raise ValueError(
             f"model {config.model!r} has no head to evaluate; fine-tune it first, "
             "or give the folder of a run"
         )
-    task, dataset = _dataset(data, split, origin, loaded)
-    if task.kind != head.kind:
+    task, dataset = _dataset(data, split, tokenizer, loaded)
+    if kinds.head_of(task.kind) != head.kind:
         raise ValueError(
             f"the model has a {head.kind} head, but data.task gives a {task.kind} task"
         )
@@ -58,8 +64,19 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             f"data has {task.num_labels} ({', '.join(task.label_names)}); name them in the "
             "model's order with --data.classes"
         )
-    passes = batches.evaluate(dataset, config.batch_size, buckets=setup.buckets(data))
-    result = evaluate.run(loaded.model, loaded.params, passes, task)
+    rows = rows_of(loaded.model.config, task.kind, data.max_length, config.batch_size)
+    passes = batches.evaluate(dataset, rows, buckets=setup.buckets(data))
+    result = scoring.run(
+        loaded.model,
+        loaded.params,
+        passes,
+        task,
+        dataset,
+        tokenizer,
+        data,
+        count=config.samples,
+        tokens=config.sample_tokens,
+    )
     intervals = outputs.interval(result, task.kind)
     found: dict[str, Any] = {
         "model": config.model,
@@ -69,6 +86,8 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         "intervals": intervals,
         "versions": machine.versions(),
     }
+    if result.generated is not None:
+        found["samples"] = scoring.side_by_side(result, {})
     table = Table(f"{data.source}, {split}", "", box=None, header_style="bold")
     for name, value in result.metrics.items():
         interval = intervals.get(name)
@@ -89,21 +108,17 @@ def own_data(model: str) -> DataConfig | None:
 
 
 def _dataset(
-    data: DataConfig, split: str, origin: setup.Origin, loaded: pretrained.Loaded
+    data: DataConfig, split: str, tokenizer: Tokenizer | None, loaded: pretrained.Loaded
 ) -> tuple[Any, Any]:
-    bare = loaded.model.config
-    setup.check_fit(data, bare.max_length)
-    tokenizer = Tokenizer.from_dir(origin.tokenizer)
-    setup.check_vocabulary(tokenizer, bare.vocab_size, origin.tokenizer)
     found = setup.records(data)
     names = data.classes or _named(loaded.labels)
-    task = setup.task(dataclasses.replace(data, classes=names), found)
+    size = getattr(loaded.model.config, "image_size", 224)
+    task = setup.task(dataclasses.replace(data, classes=names), found, size)
     if split == "all":
-        rows = found
+        rows = setup.first(found, data.eval_limit)
     else:
-        shares = dict(zip(setup.SPLITS, data.fractions, strict=True))
-        rows = splits.by_hash(found, shares)[split]
-    return task, task.encode(rows, tokenizer, data.max_length)
+        rows = setup.divide(data, found)[split]
+    return task, setup.encode(task, rows, tokenizer, data, training=False)
 
 
 def _named(labels: tuple[str, ...] | None) -> tuple[str, ...]:

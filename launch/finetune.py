@@ -4,6 +4,7 @@ RUN/config.json        resolved settings
 RUN/metrics.jsonl      one row a log or evaluation, written as it happens
 RUN/checkpoints/       state, optimiser and position in the data
 RUN/model/             the best-known export: a Hugging Face directory
+RUN/before.json        language models: scores and texts of the model before its training
 RUN/results.json, predictions.jsonl, report.html
 """
 
@@ -15,19 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from steppe.launch import config as config_
-from steppe.launch import machine, outputs
+from steppe.launch import kinds, outputs, scoring
 from steppe.launch.config import FinetuneConfig
+from steppe.launch.finish import finish
 from steppe.launch.pieces import Pieces, build
-from steppe.models import pretrained, tree
+from steppe.models import tree
 from steppe.models.overlays.overlay import BASE
-from steppe.train import checkpoint, evaluate, loop, metrics, step
-from steppe.train.types import Params, TrainState
+from steppe.train import checkpoint, loop, metrics, step
+from steppe.train.types import TrainState
 
 CONFIG = "config.json"
-_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 # Settings that may differ when a run is resumed: they change nothing that is computed, or only
 # how it is spread (equal to 1e-5, and no longer bit for bit).
 FREE = (
@@ -94,17 +94,22 @@ def run(config: FinetuneConfig, command: Sequence[str] = ()) -> dict[str, Any]:
         if checkpoints.latest is None:
             console.print("no checkpoint yet: starting from the beginning", style="dim")
             for writer in writers:
-                writer.truncate(0)
+                writer.truncate(-1)  # the scores of step 0 are written again
         else:
             state = loop.resume(state, pieces.batches, checkpoints, writers)
             console.print(f"resumed at step {int(state.step)} of {pieces.steps}", style="dim")
 
     begin = time.perf_counter()
     try:
-        state = _train(pieces, state, checkpoints, writers, console)
-        timings["train_s"] = time.perf_counter() - begin
+        earlier = _before(pieces, state, folder, writers, console)
+        timings["before_s"] = time.perf_counter() - begin
         begin = time.perf_counter()
-        results = _finish(pieces, state, folder, list(command), timings, begin)
+        if config.probe:
+            state = _probe(pieces, state, writers, console)
+        else:
+            state = _train(pieces, state, checkpoints, writers, console)
+        timings["train_s"] = time.perf_counter() - begin
+        results = finish(pieces, state, folder, list(command), timings, earlier)
     except loop.Interrupted:
         raise
     except KeyboardInterrupt:
@@ -119,6 +124,38 @@ def run(config: FinetuneConfig, command: Sequence[str] = ()) -> dict[str, Any]:
     return results
 
 
+def _before(
+    pieces: Pieces, state: TrainState, folder: Path, writers: Sequence[Any], console: Any
+) -> dict[str, Any]:
+    """The scores of a language model that has not been trained, as step 0 of the log."""
+    if pieces.data.task.kind not in kinds.WRITTEN:
+        return {}
+    if int(state.step) > 0:
+        return scoring.read_before(folder)
+    console.print("scoring the model before its training", style="dim")
+    found = scoring.before(pieces, state.full(), folder)
+    for writer in writers:
+        writer.write(0, "eval", _shown(found["metrics"]["valid"]))
+    return found
+
+
+def _probe(pieces: Pieces, state: TrainState, writers: Sequence[Any], console: Any) -> TrainState:
+    """A fitted head in place of a trained one; the evaluation is the only row of the log."""
+    from steppe.launch import probe
+
+    console.print("computing the features of every example once", style="dim")
+    fitted = probe.fit(pieces, state.full())
+    state = state.replace(params=fitted, step=state.step + 1)
+    found = scoring.score(pieces, state.full(), "valid")
+    for writer in writers:
+        writer.write(1, "eval", _shown(found.metrics))
+    return state
+
+
+def _shown(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {k: v for k, v in metrics.items() if k not in ("examples", "tokens")}
+
+
 def _train(
     pieces: Pieces,
     state: TrainState,
@@ -131,14 +168,7 @@ def _train(
     config = pieces.config
 
     def score(state: TrainState) -> Mapping[str, float]:
-        result = evaluate.run(
-            pieces.model,
-            state.full(),
-            pieces.evaluation("valid"),
-            pieces.data.task,
-            plan=pieces.plan,
-        )
-        return {k: v for k, v in result.metrics.items() if k != "examples"}
+        return _shown(scoring.score(pieces, state.full(), "valid").metrics)
 
     with Progress(pieces.steps, console) as progress:
         return loop.run(
@@ -154,102 +184,6 @@ def _train(
             writers=[*writers, progress],
             schedule=pieces.schedule,
         )
-
-
-def _finish(
-    pieces: Pieces,
-    state: TrainState,
-    folder: Path,
-    command: list[str],
-    timings: dict[str, float],
-    begin: float,
-) -> dict[str, Any]:
-    """Evaluates every split but the training one, fits the baselines, exports, writes."""
-    config, data = pieces.config, pieces.data
-    params = state.full()
-    results = {
-        split: evaluate.run(
-            pieces.model, params, pieces.evaluation(split), data.task, plan=pieces.plan
-        )
-        for split in ("valid", "test")
-    }
-    test = results["test"]
-    outputs.write_predictions(
-        folder / "predictions.jsonl",
-        outputs.predictions(test, data.splits["test"], config.data),
-    )
-    labels = data.task.label_names or None
-    merge_difference = export(pieces, params, folder / "model", labels)
-    timings["evaluate_s"] = time.perf_counter() - begin
-    begin = time.perf_counter()
-    baselines = _baselines(pieces) if config.baselines else {}
-    timings["baselines_s"] = time.perf_counter() - begin
-    found: dict[str, Any] = {
-        "task": {"kind": data.task.kind, "label_names": list(data.task.label_names)},
-        "metrics": {split: result.metrics for split, result in results.items()},
-        "baselines": baselines,
-        "intervals": outputs.interval(test, data.task.kind),
-        "command": " ".join(command),
-        "versions": machine.versions(),
-        "hardware": machine.hardware(),
-        "data": {"source": data.source, "licence": data.licence, **data.counts()},
-        "model": {
-            "name": pieces.origin.name,
-            "licence": pieces.origin.licence,
-            "parameters": tree.count(state.params) + tree.count(state.frozen),
-            "trainable": tree.count(state.params),
-        },
-        "timings": timings,
-        "shapes": sorted(pieces.batches.shapes),
-    }
-    if merge_difference is not None:
-        found["model"]["largest_logit_difference_after_merge"] = merge_difference
-    outputs.write_json(folder / "results.json", found)
-    return found
-
-
-def export(
-    pieces: Pieces, params: Params, target: Path, labels: Sequence[str] | None
-) -> float | None:
-    """Writes the Hugging Face folder; an overlay is merged, in float32, and the largest logit
-    difference that this makes on a batch of the test split is returned."""
-    difference = None
-    if pieces.overlay is not None:
-        batch = next(iter(pieces.evaluation("test")))
-        inputs = {k: np.asarray(v) for k, v in batch.items() if k in _INPUTS}
-        merged = pieces.overlay.merged(pieces.loaded.model, params, inputs)
-        params, difference = merged.params, merged.largest_difference
-    pretrained.save(
-        target,
-        pieces.loaded.model,
-        params,
-        labels=labels,
-        tokenizer_dir=pieces.origin.tokenizer,
-    )
-    return difference
-
-
-def _baselines(pieces: Pieces) -> dict[str, dict[str, float]]:
-    """What a result must be compared with: the majority class, and the frozen encoder."""
-    if pieces.data.task.kind != "classification":
-        return {}
-    # Loaded again: the parameters that were fine-tuned have been given up.
-    frozen = pretrained.load(pieces.origin.weights, head=None, plan=None)
-
-    def feats(split: str) -> Any:
-        return evaluate.features(frozen.model, frozen.params, pieces.evaluation(split))
-
-    train, valid, test = feats("train"), feats("valid"), feats("test")
-    count = pieces.data.task.num_labels
-    fitted = evaluate.logistic_regression(
-        (train.x, train.labels), (valid.x, valid.labels), num_labels=count
-    )
-    return {
-        "majority class": {"accuracy": evaluate.majority(train.labels, test.labels).accuracy},
-        "frozen features + logistic regression": {
-            "accuracy": evaluate.accuracy(fitted.predict(test.x), test.labels)
-        },
-    }
 
 
 def _check_folder(config: FinetuneConfig, folder: Path) -> None:
@@ -295,6 +229,9 @@ def _describe(console: Any, pieces: Pieces, folder: Path) -> None:
         f"{shape}; run folder {folder}",
         highlight=False,
     )
+    packing = getattr(data.splits["train"], "packing", None)
+    if packing is not None:
+        console.print(f"packed: {packing}", highlight=False)
     cut = sum(getattr(d, "cut", 0) for d in data.splits.values())
     if cut:
         console.print(f"{cut} examples were cut to {config.data.max_length} tokens", style="yellow")

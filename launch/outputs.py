@@ -21,6 +21,8 @@ HEADLINE = {
     "token": "f1",
     "span": "f1",
     "mlm": "perplexity",
+    "lm": "perplexity",
+    "seq2seq": "chrf",
 }
 
 
@@ -58,11 +60,20 @@ def predictions(result: evaluate.EvalResult, dataset: Any, config: Any) -> list[
       config: the data settings; they say which column is the text.
     """
     losses = np.nan_to_num(result.losses, nan=-1.0)
+    written = {}
+    if result.generated is not None:
+        written = dict(zip(result.generated.rows, result.generated.predictions, strict=False))
     rows = []
     for place in np.argsort(-losses, kind="stable"):
         record = dataset.record(int(result.index[place]))
         row: dict[str, Any] = {"id": record["id"], "loss": float(result.losses[place])}
-        row.update(_outcome(result, int(place), record, config))
+        if result.kind in ("lm", "seq2seq"):
+            row.update(_language(result, int(place), record, config))
+            said = written.get(int(result.index[place]))
+            if said is not None:
+                row["prediction"] = said
+        else:
+            row.update(_outcome(result, int(place), record, config))
         rows.append(row)
     return rows
 
@@ -105,6 +116,24 @@ def _outcome(
         "label": np.asarray(result.labels[place]).tolist(),
         "prediction": np.asarray(result.predictions[place]).tolist(),
     }
+
+
+def _language(
+    result: evaluate.EvalResult, place: int, record: Mapping[str, Any], config: Any
+) -> dict[str, Any]:
+    """Text, right answer where there is one, and the number of tokens that the loss is over."""
+    row: dict[str, Any] = {"tokens_scored": len(result.labels[place])}
+    if result.kind == "seq2seq":
+        return row | {"text": str(record[config.input]), "label": str(record[config.target])}
+    turns = record.get(config.messages)
+    if config.task == "lm":
+        row["text"] = str(record.get(config.text, ""))
+    elif isinstance(turns, (list, tuple)) and turns and isinstance(turns[-1], Mapping):
+        said = [str(turn.get("content", "")) for turn in turns if isinstance(turn, Mapping)]
+        row |= {"text": "\n".join(said[:-1]), "label": said[-1]}
+    else:
+        row |= {"text": str(record[config.prompt]), "label": str(record[config.answer])}
+    return row
 
 
 def _text(record: Mapping[str, Any], config: Any) -> str:

@@ -13,13 +13,16 @@ import jax
 
 from steppe.data import batches as batches_
 from steppe.launch import config as config_
-from steppe.launch import setup
+from steppe.launch import kinds, probe, setup
 from steppe.launch.config import FinetuneConfig
 from steppe.models import pretrained, tree
 from steppe.models.overlays import lora
 from steppe.optim import basic
 from steppe.train import mesh, step
 from steppe.train.objectives import basic as objectives
+
+# Settings of the networks that --drop replaces.
+_RATES = ("drop", "attn_drop", "ffn_drop")
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,17 @@ class Pieces:
 
     def evaluation(self, split: str) -> Any:
         """One pass over a split."""
-        size = self.plan.data_size * max(1, 64 // self.plan.data_size)
-        return batches_.evaluate(
-            self.data.splits[split], size, buckets=setup.buckets(self.config.data)
-        )
+        data = self.config.data
+        most = rows_of(self.loaded.model.config, self.data.task.kind, data.max_length)
+        size = self.plan.data_size * max(1, most // self.plan.data_size)
+        return batches_.evaluate(self.data.splits[split], size, buckets=setup.buckets(data))
+
+
+def rows_of(model: Any, kind: str, length: int, most: int = 64) -> int:
+    """Rows of a batch of an evaluation, so that vocabulary logits take at most 256 MiB."""
+    if kind not in kinds.WRITTEN:
+        return most
+    return max(1, min(most, 2**26 // (length * model.vocab_size)))
 
 
 def build(config: FinetuneConfig) -> Pieces:
@@ -66,25 +76,29 @@ def build(config: FinetuneConfig) -> Pieces:
     """
     origin = setup.origin(config.model)
     # The tree's names and sizes come first: a wrong setting must not cost the loading time.
-    drop = {} if config.drop < 0 else {"drop": config.drop, "attn_drop": config.drop}
     bare = pretrained.load_config(origin.weights)
-    data = setup.prepare(config.data, origin.tokenizer, bare.max_length, bare.vocab_size)
+    data = setup.prepare(config.data, origin, bare)
+    kind = data.task.kind
     devices = jax.devices()
     shape = config_.parse_mesh(config.mesh, len(devices))
     plan = mesh.plan(shape, bare.build().axes)
     _check_batch(config, plan)
-    labels = data.task.num_labels if data.task.kind in ("classification", "token") else None
+    labels = data.task.num_labels if kind in ("classification", "token") else None
+    rates = [f.name for f in dataclasses.fields(bare) if f.name in _RATES]
+    drop = {} if config.drop < 0 else dict.fromkeys(rates, config.drop)
     loaded = pretrained.load(
         origin.weights,
-        head=data.task.kind,
+        head=kinds.head_of(kind),
         num_labels=labels,
         plan=plan,
         key=jax.random.key(config.seed),
         **drop,
     )
-    if drop and loaded.model.config.head is not None:
+    if drop and loaded.model.config.head is not None and kind not in kinds.WRITTEN:
         head = dataclasses.replace(loaded.model.config.head, drop=config.drop)
         loaded = dataclasses.replace(loaded, model=loaded.model.config.with_head(head).build())
+    if config.probe:
+        probe.check(loaded.model, kind)
     overlay = None
     model = loaded.model
     if config.lora.rank:
@@ -101,7 +115,7 @@ def build(config: FinetuneConfig) -> Pieces:
         data.splits["train"],
         config.batch_size,
         seed=config.seed,
-        buckets=setup.buckets(config.data),
+        buckets=setup.buckets(config.data, training=True),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
@@ -111,7 +125,7 @@ def build(config: FinetuneConfig) -> Pieces:
     schedule = basic.schedule(o.schedule, o.learning_rate, steps, warmup=o.warmup)
     tx = basic.adamw(schedule, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay)
     train = step.make(
-        objectives.for_task(model, data.task.kind),
+        objectives.for_task(model, kind),
         tx,
         plan,
         microbatches=config.microbatches,
@@ -125,7 +139,7 @@ def build(config: FinetuneConfig) -> Pieces:
         loaded,
         model,
         overlay,
-        _trainable(model, config.freeze, loaded),
+        probe.TRAINABLE if config.probe else _trainable(model, config.freeze, loaded),
         data,
         plan,
         tx,

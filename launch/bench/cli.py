@@ -9,6 +9,8 @@ from typing import Any
 # name -> (module, config dataclass); imported when asked for.
 BENCHES = {
     "finetune": ("steppe.launch.bench.finetune", "FinetuneBench"),
+    "lm-step": ("steppe.launch.bench.lm_step", "LmStepBench"),
+    "generate": ("steppe.launch.bench.generate", "GenerateBench"),
     "compile": ("steppe.launch.bench.compile", "CompileBench"),
     "load": ("steppe.launch.bench.load", "LoadBench"),
     "imports": ("steppe.launch.bench.imports", "ImportBench"),

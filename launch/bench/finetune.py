@@ -99,15 +99,15 @@ def run(config: FinetuneBench, say: Callable[[str], None] = print) -> dict[str, 
         folder = Path(scratch) / "model"
         source = config.shapes if config.model is None else config.model
         export(folder, source, config.seed)
-        result["parameters"] = _parameters(folder)
+        result["parameters"] = parameters(folder)
         # In a process that is gone before the sides start, so that it costs them nothing.
-        with Worker(SIDES["steppe"], _arguments(config, folder), threads=threads) as worker:
+        with Worker(SIDES["steppe"], arguments(config, folder), threads=threads) as worker:
             compiling = float(worker.call("compile"))
         workers: dict[str, Worker] = {}
         try:
             for name in names:
-                workers[name] = Worker(SIDES[name], _arguments(config, folder), threads=threads)
-            result["sides"] = _measure(config, workers, say)
+                workers[name] = Worker(SIDES[name], arguments(config, folder), threads=threads)
+            result["sides"] = measure(config, workers, say)
             result["sides"]["steppe"]["compile"] = compiling
         finally:
             for worker in workers.values():
@@ -115,6 +115,14 @@ def run(config: FinetuneBench, say: Callable[[str], None] = print) -> dict[str, 
     if config.layers:
         depths = CompileBench(config.shapes, config.layers, config.batch, config.length, threads, 1)
         result["compile"] = compile.measure(depths, say)
+    conclude(result, names)
+    if config.out is not None:
+        environment.write_json(config.out, result)
+    return result
+
+
+def conclude(result: dict[str, Any], names: Sequence[str]) -> None:
+    """Adds the ratio of the sides, whether the times are steady, and the load at the end."""
     pairs = [result["sides"][name]["seconds"] for name in names]
     if len(pairs) == 2:
         found = harness.ratio(*pairs)
@@ -128,14 +136,16 @@ def run(config: FinetuneBench, say: Callable[[str], None] = print) -> dict[str, 
         {name: result["sides"][name]["seconds"] for name in names}
     )
     result["load_average_after"] = environment.load_average()
-    if config.out is not None:
-        environment.write_json(config.out, result)
-    return result
 
 
-def _measure(
-    config: FinetuneBench, workers: Mapping[str, Worker], say: Callable[[str], None]
+def measure(
+    config: Any, workers: Mapping[str, Worker], say: Callable[[str], None]
 ) -> dict[str, Any]:
+    """Loss curves and times of the sides, of a config such as ``FinetuneBench``.
+
+    Raises:
+      harness.Void: the losses differ.
+    """
     sides: dict[str, Any] = {name: {} for name in workers}
     curves = {}
     for name, worker in workers.items():
@@ -170,7 +180,8 @@ def _turn(worker: Worker) -> harness.Turn:
     return lambda steps: float(worker.call("turn", steps))
 
 
-def _arguments(config: FinetuneBench, folder: Path) -> dict[str, Any]:
+def arguments(config: Any, folder: Path) -> dict[str, Any]:
+    """What a side is made with."""
     return {
         "directory": str(folder),
         "batch": config.batch,
@@ -180,7 +191,8 @@ def _arguments(config: FinetuneBench, folder: Path) -> dict[str, Any]:
     }
 
 
-def _parameters(folder: Path) -> int:
+def parameters(folder: Path) -> int:
+    """Number of parameters in the files of a model folder."""
     from steppe.models import weights
 
     shapes = weights.open_directory(folder).shapes().values()

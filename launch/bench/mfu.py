@@ -2,10 +2,10 @@
 
   FLOPs a token = 6 N + 12 L D T
 
-N counts the parameters that enter a matrix product at every token (no embeddings, no head on
-the first token); the second term is attention, two products of T x D a layer, forward and
-twice backward. Operations that are computed again (remat) are not counted. Chowdhery et al.
-2022 (arXiv 2204.02311), appendix B.
+N counts the parameters that enter a matrix product at every token (no embeddings and no head
+on the first token; the output layer of a language model, tied or not, counts); the second term
+is attention, two products of T x D a layer, forward and twice backward. Operations that are
+computed again (remat) are not counted. Chowdhery et al. 2022 (arXiv 2204.02311), appendix B.
 
 Two yardsticks: the datasheet's dense peak, and the best rate that a chain of large matrix
 products reaches on this very device.
@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from steppe.launch.bench import environment, harness
+from steppe.launch.bench import decoders, environment, harness
+from steppe.launch.bench.decoders import GPT2, SMOLLM2, DecoderShapes
 from steppe.launch.bench.environment import plain
 from steppe.launch.bench.shapes import BERT_BASE, Shapes, batches
 
@@ -55,7 +56,9 @@ class MfuBench:
     """Measure tokens a second and model FLOPs utilisation on the default device.
 
     Attributes:
-      shapes: size of the encoder, random tensors; BERT base by default.
+      model: encoder = a classifier of ``shapes``; gpt2 (124M) or smollm2 (135M) = a language
+        model of that size on full rows. Random tensors in each case.
+      shapes: size of the encoder; BERT base by default.
       batch, length: shape of a batch.
       dtype: of the computation; parameters and optimiser stay float32.
       remat: what the backward pass keeps, see ``EncoderConfig.remat``.
@@ -67,6 +70,7 @@ class MfuBench:
       out: file for the result as JSON.
     """
 
+    model: Literal["encoder", "gpt2", "smollm2"] = "encoder"
     shapes: Shapes = field(default_factory=lambda: BERT_BASE)
     batch: int = 64
     length: int = 512
@@ -90,15 +94,23 @@ class MfuBench:
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
-        if self.length > self.shapes.positions:
-            raise ValueError(
-                f"length must be at most shapes.positions = {self.shapes.positions}, "
-                f"got {self.length}"
-            )
+        positions = self.size.positions
+        if self.length > positions:
+            of = "shapes.positions" if self.model == "encoder" else f"positions of {self.model}"
+            raise ValueError(f"length must be at most {of} = {positions}, got {self.length}")
+
+    @property
+    def size(self) -> Shapes | DecoderShapes:
+        """The size of the chosen model."""
+        if self.model == "encoder":
+            return self.shapes
+        return GPT2 if self.model == "gpt2" else SMOLLM2
 
 
-def flops_per_token(shapes: Shapes, length: int) -> float:
+def flops_per_token(shapes: Shapes | DecoderShapes, length: int) -> float:
     """Model FLOPs of one token of a training step (forward and backward)."""
+    if isinstance(shapes, DecoderShapes):
+        return 6.0 * shapes.matrices() + 12.0 * shapes.layers * shapes.width * length
     layer = 4 * shapes.width**2 + 2 * shapes.width * shapes.ffn_width
     return 6.0 * shapes.layers * layer + 12.0 * shapes.layers * shapes.width * length
 
@@ -118,7 +130,7 @@ def run(config: MfuBench, say: Callable[[str], None] = print) -> dict[str, Any]:
     device = jax.devices()[0]
     first, seconds, loss = _train(config)
     tokens = config.batch * config.length / seconds
-    rate = tokens * flops_per_token(config.shapes, config.length)
+    rate = tokens * flops_per_token(config.size, config.length)
     peak = config.peak if config.peak is not None else peak_of(device.device_kind)
     if peak is None:
         say(f"no datasheet peak is known for {device.device_kind!r}; give it with peak=")
@@ -133,7 +145,7 @@ def run(config: MfuBench, say: Callable[[str], None] = print) -> dict[str, Any]:
         "first_step": first,
         "final_loss": loss,
         "tokens_per_s": tokens,
-        "flops_per_token": flops_per_token(config.shapes, config.length),
+        "flops_per_token": flops_per_token(config.size, config.length),
         "flops_per_s": rate,
         "peak": peak,
         "mfu": None if peak is None else rate / peak,
@@ -154,12 +166,14 @@ def _train(config: MfuBench) -> tuple[float, float, float]:
     from steppe.train import step
     from steppe.train.objectives import basic
 
-    model = config.shapes.config(remat=config.remat, attention=config.attention).build()
+    model = config.size.config(remat=config.remat, attention=config.attention).build()
+    kind = "classification" if config.model == "encoder" else "lm"
     tx = optax.adamw(1e-5)
     state = step.init(jax.random.key(0), model, tx)
     dtype = None if config.dtype == "float32" else config.dtype
-    train = step.make(basic.for_task(model, "classification"), tx, compute_dtype=dtype)
-    made = batches(4, config.batch, config.length, config.shapes.vocab_size)
+    train = step.make(basic.for_task(model, kind), tx, compute_dtype=dtype)
+    shape = (4, config.batch, config.length, config.size.vocab_size)
+    made = batches(*shape) if kind == "classification" else decoders.batches(*shape)
     if config.full:
         for batch in made:
             batch["attention_mask"][:] = 1
@@ -205,7 +219,10 @@ def table(result: Mapping[str, Any]) -> RenderableType:
     from rich.table import Table
 
     config = result["config"]
-    title = f"AdamW step, batch {config['batch']} x {config['length']}, {config['dtype']}"
+    title = (
+        f"{config['model']}, AdamW step, batch {config['batch']} x {config['length']}, "
+        f"{config['dtype']}"
+    )
     grid = Table(title=title, title_justify="left", box=None, show_header=False)
     grid.add_row("device", str(result["device"]))
     grid.add_row("time a step", f"{1e3 * result['seconds']:.2f} ms")

@@ -14,6 +14,8 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from steppe.launch.bench import environment, shapes
 
 ADAMW = {"learning_rate": 2e-5, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
@@ -38,7 +40,7 @@ class _Side:
         """
         self.optimizer = dict(optimizer)
         vocab_size = json.loads((Path(directory) / "config.json").read_text("utf-8"))["vocab_size"]
-        made = shapes.batches(20, batch, length, vocab_size, seed)
+        made = self._data(batch, length, vocab_size, seed)
         self._batches: Iterator[dict[str, Any]] = cycle(made)
         self._build(directory)
 
@@ -59,6 +61,11 @@ class _Side:
         """Largest resident memory of this process, bytes."""
         return environment.peak_memory()
 
+    def _data(
+        self, batch: int, length: int, vocab_size: int, seed: int
+    ) -> list[dict[str, np.ndarray]]:
+        return shapes.batches(20, batch, length, vocab_size, seed)
+
     def _build(self, directory: str) -> None:
         raise NotImplementedError
 
@@ -73,6 +80,8 @@ class _Side:
 class Steppe(_Side):
     """``train.step.make`` over ``models.pretrained``."""
 
+    kind = "classification"
+
     def _build(self, directory: str) -> None:
         import jax
         import optax
@@ -86,7 +95,7 @@ class Steppe(_Side):
         tx = optax.adamw(
             o["learning_rate"], o["b1"], o["b2"], o["eps"], weight_decay=o["weight_decay"]
         )
-        objective = basic.for_task(loaded.model, "classification")
+        objective = basic.for_task(loaded.model, self.kind)
         self._train = step.make(objective, tx)
         self._state = step.init(jax.random.key(0), loaded.model, tx, params=loaded.params)
 
@@ -117,6 +126,8 @@ class Steppe(_Side):
 class Torch(_Side):
     """PyTorch eager: transformers with SDPA attention, and the fused AdamW."""
 
+    architecture = "AutoModelForSequenceClassification"
+
     def _build(self, directory: str) -> None:
         import torch
         import transformers
@@ -125,9 +136,11 @@ class Torch(_Side):
         torch.set_num_threads(environment.cores())
         self._torch = torch
         # Not .train(): dropout is off, and there is nothing else that the mode changes.
-        self._model = transformers.AutoModelForSequenceClassification.from_pretrained(
-            directory, attn_implementation="sdpa", dtype=torch.float32
-        ).eval()
+        self._model = (
+            getattr(transformers, self.architecture)
+            .from_pretrained(directory, attn_implementation="sdpa", dtype=torch.float32)
+            .eval()
+        )
         o = self.optimizer
         self._optimizer = torch.optim.AdamW(
             self._model.parameters(),

@@ -17,8 +17,11 @@ PRIMARY = {
     "token": ("entity_f1", "f1", "accuracy"),
     "span": ("f1", "span_f1", "exact_match", "em"),
     "mlm": ("perplexity", "accuracy"),
+    "lm": ("perplexity", "loss"),
+    "seq2seq": ("chrf", "perplexity"),
 }
-LOWER_IS_BETTER = ("loss", "perplexity", "mse", "mae", "ece", "error")
+LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "mse", "mae", "ece", "error")
+_OF_TEXTS = ("chrf", "bleu", "exact")  # over the texts of a sample
 _PERCENT = ("accuracy", "exact_match", "em")
 
 
@@ -61,7 +64,11 @@ def headline(run: RunFolder) -> Headline | None:
         ]
         known = [(name, value) for name, value in baselines if math.isfinite(value)]
         value = number(splits[split][metric])
-        return Headline(metric, value, interval, split, split_size(run, split), known, None)
+        size = split_size(run, split)
+        written = number(splits[split].get("generated"))
+        if metric in _OF_TEXTS and math.isfinite(written):
+            size = int(written)
+        return Headline(metric, value, interval, split, size, known, None)
     for row in reversed(run.evals):
         metric = primary(kind, row)
         if metric is not None:

@@ -153,16 +153,17 @@ def points(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
 def worst(
     rows: Sequence[Row], label_names: Sequence[str], kind: str, limit: int = 20
 ) -> list[Example]:
-    """The examples with the largest loss, of those that are wrong (all of a regression).
+    """The examples with the largest loss, of those that are wrong (all of a regression, and of a
+    language model, where no text is wrong).
 
     A row without a loss is ranked by -log p(label), or by its squared error.
     """
     ranked = []
     label_names = label_names if kind in ("classification", "token") else ()
     for place, row in enumerate(rows):
-        wrong = kind == "regression" or _as_name(row.get("label"), label_names) != _as_name(
-            row.get("prediction"), label_names
-        )
+        wrong = kind in ("regression", "lm", "seq2seq") or _as_name(
+            row.get("label"), label_names
+        ) != _as_name(row.get("prediction"), label_names)
         loss = _loss(row, label_names, kind)
         if kind == "classification" and number(row.get("label")) < 0:
             continue  # not labelled

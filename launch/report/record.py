@@ -115,10 +115,15 @@ def _text(value: Any) -> str:
 
 
 def _shapes(shapes: Any) -> dict[str, str]:
-    found = [
-        (number(s[0]), number(s[1]))
-        for s in sequence(shapes)
-        if isinstance(s, list) and len(s) == 2
-    ]
-    finite = [(int(b), int(t)) for b, t in found if math.isfinite(b) and math.isfinite(t)]
-    return {f"{b} by {t}": f"{big(b * t)} tokens a batch" for b, t in finite}
+    """Shapes of batches: (rows, tokens), (rows, tokens, tokens), or (rows, height, width, 3)."""
+    found = {}
+    for shape in sequence(shapes):
+        sizes = [number(n) for n in sequence(shape)]
+        if len(sizes) not in (2, 3, 4) or not all(map(math.isfinite, sizes)):
+            continue
+        name = " by ".join(str(int(n)) for n in sizes)
+        if len(sizes) == 4:
+            found[name] = f"{big(sizes[0])} images a batch"
+        else:
+            found[name] = f"{big(sizes[0] * sum(sizes[1:]))} tokens a batch"
+    return found

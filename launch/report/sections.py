@@ -50,6 +50,8 @@ _TASKS = {
     "token": "token classification",
     "span": "span extraction",
     "mlm": "masked language modelling",
+    "lm": "language modelling",
+    "seq2seq": "text to text",
 }
 
 

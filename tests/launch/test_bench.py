@@ -264,7 +264,7 @@ def test_other_hyper_parameters_make_the_comparison_void(tmp_path):
     folder = shapes.export(tmp_path / "m", config.shapes)
     curves = []
     for name, eps in (("steppe", 1e-8), ("torch", 1e-4)):
-        arguments = finetune._arguments(config, folder)
+        arguments = finetune.arguments(config, folder)
         arguments["optimizer"]["eps"] = eps
         with Worker(SIDES[name], arguments, threads=1) as worker:
             curves.append(worker.call("losses", 20))

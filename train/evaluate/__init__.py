@@ -36,6 +36,8 @@ from steppe.train.evaluate.correlation import (
     spearman,
 )
 from steppe.train.evaluate.generation import bleu, chrf, perplexity
+from steppe.train.evaluate.language import Generated, text_metrics, token_bytes, token_metrics
+from steppe.train.evaluate.options import OptionScores, option_accuracy
 from steppe.train.evaluate.predict import Predict, Predictor, predictor
 from steppe.train.evaluate.runner import EvalResult, run
 from steppe.train.evaluate.significance import (
@@ -55,10 +57,12 @@ __all__ = [
     "EntityScores",
     "EvalResult",
     "Features",
+    "Generated",
     "Interval",
     "LogisticRegression",
     "Majority",
     "McNemar",
+    "OptionScores",
     "Predict",
     "Predictor",
     "Reliability",
@@ -82,6 +86,7 @@ __all__ = [
     "mcnemar",
     "mean_absolute_error",
     "mean_squared_error",
+    "option_accuracy",
     "paired_bootstrap",
     "pearson",
     "per_class_scores",
@@ -92,5 +97,8 @@ __all__ = [
     "run",
     "spearman",
     "squad",
+    "text_metrics",
+    "token_bytes",
+    "token_metrics",
     "token_spans",
 ]

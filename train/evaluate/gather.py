@@ -95,6 +95,6 @@ def _row_numbers(batch: Batch, given: dict[str, np.ndarray], seen: int) -> np.nd
     if "example_index" in batch:
         return np.asarray(batch["example_index"]).astype(np.int64)
     mask: Any = given.get("label_mask")
-    rows = len(next(iter(given.values()))) if given else len(np.asarray(batch["input_ids"]))
+    rows = len(np.asarray(next(iter(given.values() if given else batch.values()))))
     numbers = np.arange(seen, seen + rows, dtype=np.int64)
     return numbers if mask is None else np.where(mask.reshape(rows, -1).any(1), numbers, -1)

@@ -5,8 +5,10 @@ kind                    what the function returns, row by row
 ======================  =====================================================================
 ``classification``      ``logits`` [B, C]
 ``regression``          ``value`` [B]
-``token``, ``mlm``      ``label`` [B, T] best class, ``confidence`` [B, T] its probability,
-                        ``nll`` [B, T] of the batch's labels, in nats
+``token``, ``mlm``,     ``label`` [B, T] best class, ``confidence`` [B, T] its probability,
+``seq2seq``             ``nll`` [B, T] of the batch's labels, in nats
+``lm``                  the same, column t being about token t as predicted from those before;
+                        column 0 is 0
 ``span``                ``span`` [B, 2] best first and last token, ``score`` [B] sum of their
                         logits, ``confidence`` [B] product of their probabilities, ``nll`` [B]
                         mean over the two ends, in nats
@@ -211,6 +213,14 @@ def _tokens(logits: jax.Array, batch: Batch) -> Outputs:
     return out
 
 
+def _next_tokens(logits: jax.Array, batch: Batch) -> Outputs:
+    """Scores at t the label at t + 1, and moves what comes out (not the logits) by one."""
+    labels = batch.get("labels")
+    moved = {} if labels is None else {"labels": jnp.roll(labels, -1, axis=1)}
+    out = _tokens(logits, moved)
+    return {name: jnp.roll(x, 1, axis=1).at[:, 0].set(0) for name, x in out.items()}
+
+
 _KINDS: dict[str, Any] = {
     "classification": lambda logits, _: {"logits": logits},
     "regression": lambda logits, _: {
@@ -219,5 +229,7 @@ _KINDS: dict[str, Any] = {
     "token": _tokens,
     "span": None,
     "mlm": _tokens,
+    "lm": _next_tokens,
+    "seq2seq": _tokens,
     "features": None,
 }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from steppe.models.model import Model
 from steppe.train.evaluate import answers, calibration, classification, correlation, tagging
 from steppe.train.evaluate.gather import Rows, gather
-from steppe.train.evaluate.generation import perplexity
+from steppe.train.evaluate.language import Generated, text_metrics, token_metrics
 from steppe.train.evaluate.predict import Predict, predictor
 from steppe.train.mesh import MeshPlan
 from steppe.train.types import Batch, Params
@@ -25,18 +26,19 @@ class EvalResult:
       kind: the task's kind.
       metrics: name -> value, over the labelled examples; see :func:`run`.
       predictions: classification int64 [N]; regression float64 [N]; span int64 [N, 2];
-        token and mlm: N int64 arrays, the labelled tokens of each example (without labels,
-        those of ``label_mask``, else of ``attention_mask``).
+        token, mlm, lm and seq2seq: N int64 arrays, the labelled tokens of each example
+        (without labels, those of ``label_mask``, else of ``attention_mask``).
       labels: of the same form; negative (regression: -1) where there is none.
-      probs: classification float64 [N, C]; span [N] probability of the span; token and mlm:
-        N arrays, probability of the predicted class; regression None.
-      losses: float64 [N]: nats (classification; token and mlm: mean over the labelled tokens;
-        span: mean over the two ends), or squared error. NaN where there is no label.
+      probs: classification float64 [N, C]; span [N] probability of the span; of token kinds N
+        arrays, probability of the predicted class; regression None.
+      losses: float64 [N]: nats (classification; of token kinds the mean over the labelled
+        tokens; span: mean over the two ends), or squared error. NaN where there is no label.
       index: int64 [N], position of each example in the dataset.
       labelled: bool [N], examples with a label; the others count in no metric.
       label_names: names of the classes, where the task has them.
       scores: span: float64 [N], start + end logit, comparable over the windows of one
         question (see :func:`steppe.train.evaluate.answer_scores`); otherwise None.
+      generated: the texts that ``generate`` gave, or None.
     """
 
     kind: str
@@ -49,6 +51,7 @@ class EvalResult:
     labelled: np.ndarray
     label_names: tuple[str, ...] = ()
     scores: np.ndarray | None = None
+    generated: Generated | None = None
 
     @property
     def correct(self) -> np.ndarray:
@@ -74,6 +77,8 @@ def run(
     compute_dtype: Any = None,
     predict: Predict | None = None,
     plan: MeshPlan | None = None,
+    token_bytes: np.ndarray | None = None,
+    generate: Callable[[Params], Generated] | None = None,
 ) -> EvalResult:
     """Predicts every example once and scores the predictions.
 
@@ -89,7 +94,9 @@ def run(
         other names: f1_macro.
       span: exact, f1, both over token positions of each window; ``answer_scores`` gives those
         of the texts, a question at a time.
-      mlm: accuracy, perplexity, tokens.
+      mlm, lm, seq2seq: accuracy, perplexity, tokens, and with ``token_bytes`` bits_per_byte;
+        every labelled token given those before it. With ``generate`` also chrf, bleu, exact
+        and generated, the number of texts.
     Without a single label ``examples`` is 0 and stands alone.
 
     Args:
@@ -100,6 +107,9 @@ def run(
       compute_dtype: such as ``"bfloat16"``; logits are in float32 all the same.
       predict: own ``(params, batch) -> outputs``, as the table in ``predict.py`` says.
       plan: splits the rows of every batch over a mesh.
+      token_bytes: bytes of each token id, see :func:`steppe.train.evaluate.token_bytes`.
+      generate: ``params -> Generated``: texts that the model writes without help, as those of
+        ``steppe.models.decoding.generate``; usually of a part of the dataset.
 
     Raises:
       ValueError: an unknown kind, no model and no predict, no examples, an example that comes
@@ -114,7 +124,15 @@ def run(
             raise ValueError("model must be given when predict is None, got None")
         predict = predictor(model, kind, compute_dtype=compute_dtype, plan=plan)
     rows = gather(predict, params, batches)
-    return _SUMMARIES[kind](kind, rows, names)
+    if kind in LANGUAGE:
+        found = _token(kind, rows, names, token_bytes)
+    else:
+        found = _SUMMARIES[kind](kind, rows, names)
+    if generate is None:
+        return found
+    written = generate(params)
+    metrics = found.metrics | text_metrics(written)
+    return dataclasses.replace(found, metrics=metrics, generated=written)
 
 
 def _classification(kind: str, rows: Rows, names: tuple[str, ...]) -> EvalResult:
@@ -161,12 +179,16 @@ def _regression(kind: str, rows: Rows, names: tuple[str, ...]) -> EvalResult:
     return EvalResult(kind, metrics, predictions, labels, None, losses, rows.index, labelled, names)
 
 
-def _token(kind: str, rows: Rows, names: tuple[str, ...]) -> EvalResult:
+def _token(
+    kind: str, rows: Rows, names: tuple[str, ...], token_bytes: np.ndarray | None = None
+) -> EvalResult:
     predicted = _output(rows, "label")
     columns = rows.columns
     labels = columns.get("labels", [np.full(len(p), -1) for p in predicted])
     masks = columns.get("label_mask", columns.get("attention_mask", [p >= 0 for p in predicted]))
     keep = [m > 0 for m in masks]
+    if kind == "lm":  # nothing precedes the first token of a row
+        keep = [k & (np.arange(len(k)) > 0) for k in keep]
     if "labels" in columns:
         keep = [k & (y >= 0) for k, y in zip(keep, labels)]
 
@@ -183,8 +205,8 @@ def _token(kind: str, rows: Rows, names: tuple[str, ...]) -> EvalResult:
         z, y, n = np.concatenate(predictions), np.concatenate(truth), np.concatenate(nll)
         _no_nan(losses[labelled], rows.index[labelled], "loss")
         metrics |= {"loss": float(n.mean()), "accuracy": classification.accuracy(z, y)}
-        if kind == "mlm":
-            metrics |= {"perplexity": perplexity(float(n.sum()), len(n)), "tokens": float(len(n))}
+        if kind in LANGUAGE:
+            metrics |= token_metrics(n, z, y, token_bytes)
         elif tagging.is_tagging_scheme(names):
             table = np.array(names, object)
             scores = tagging.entity_f1([table[p] for p in predictions], [table[t] for t in truth])
@@ -216,7 +238,10 @@ _SUMMARIES = {
     "token": _token,
     "span": _span,
     "mlm": _token,
+    "lm": _token,
+    "seq2seq": _token,
 }
+LANGUAGE = ("mlm", "lm", "seq2seq")  # their classes are the tokens of a vocabulary
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -48,7 +48,9 @@ def token_ce(model: Model, *, shift: bool = False, label_smoothing: float = 0.0)
         labels = batch["labels"]
         mask = _mask(batch, labels)
         if shift:
-            logits, labels, mask = logits[:, :-1], labels[:, 1:], mask[:, 1:]
+            # The labels move, not the logits: a slice of [B, T, V] would be a copy of it.
+            labels = jnp.roll(labels, -1, axis=1)
+            mask = jnp.roll(mask, -1, axis=1).at[:, -1].set(0.0)
         return _cross_entropy(logits, labels, mask, label_smoothing)
 
     return objective
@@ -229,12 +231,18 @@ def weighted(parts: Mapping[str, tuple[Objective, float]]) -> Objective:
     return objective
 
 
+def _causal_ce(model: Model, **options: Any) -> Objective:
+    return token_ce(model, shift=True, **options)
+
+
 _FOR_TASK: dict[str, Callable[..., Objective]] = {
     "classification": classification_ce,
     "regression": mse,
     "token": token_ce,
     "span": span_ce,
     "mlm": mlm_ce,
+    "lm": _causal_ce,
+    "seq2seq": token_ce,
 }
 
 
@@ -243,7 +251,8 @@ def for_task(model: Model, kind: str, **options: Any) -> Objective:
 
     Args:
       model: network whose head is of that kind.
-      kind: ``task.kind``: classification, regression, token, span or mlm.
+      kind: ``task.kind``: classification, regression, token, span, mlm, lm (labels are the
+        inputs, see ``shift`` of :func:`token_ce`) or seq2seq.
       **options: passed on, such as ``label_smoothing=0.1``.
 
     Raises:

@@ -1,0 +1,135 @@
+"""The end of a run: every split evaluated, baselines fitted, the model exported, all written."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from steppe.launch import machine, outputs, scoring
+from steppe.launch.pieces import Pieces
+from steppe.models import pretrained, tree
+from steppe.train import evaluate
+from steppe.train.types import Params, TrainState
+
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
+
+
+def finish(
+    pieces: Pieces,
+    state: TrainState,
+    folder: Path,
+    command: Sequence[str],
+    timings: dict[str, float],
+    earlier: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Evaluates every split but the training one, fits the baselines, exports, writes.
+
+    Args:
+      timings: of what came before, seconds; completed here.
+      earlier: what ``scoring.before`` found; empty for tasks without.
+
+    Returns:
+      What is in results.json.
+    """
+    config, data = pieces.config, pieces.data
+    begin = time.perf_counter()
+    params = state.full()
+    results = {
+        split: scoring.score(pieces, params, split, write=split == "test")
+        for split in ("valid", "test")
+    }
+    test = results["test"]
+    outputs.write_predictions(
+        folder / "predictions.jsonl",
+        outputs.predictions(test, data.splits["test"], config.data),
+    )
+    labels = data.task.label_names or None
+    merge_difference = export(pieces, params, folder / "model", labels)
+    timings["evaluate_s"] = time.perf_counter() - begin
+    begin = time.perf_counter()
+    baselines = _baselines(pieces) if config.baselines else {}
+    if earlier:
+        baselines["before training"] = dict(earlier["metrics"]["test"])
+    timings["baselines_s"] = time.perf_counter() - begin
+    found: dict[str, Any] = {
+        "task": {"kind": data.task.kind, "label_names": list(data.task.label_names)},
+        "metrics": {split: result.metrics for split, result in results.items()},
+        "baselines": baselines,
+        "intervals": outputs.interval(test, data.task.kind),
+        "command": " ".join(command),
+        "versions": machine.versions(),
+        "hardware": machine.hardware(),
+        "data": {"source": data.source, "licence": data.licence, **data.counts()},
+        "model": {
+            "name": pieces.origin.name,
+            "licence": pieces.origin.licence,
+            "parameters": tree.count(state.params) + tree.count(state.frozen),
+            "trainable": tree.count(state.params),
+        },
+        "timings": timings,
+        "shapes": sorted(pieces.batches.shapes),
+    }
+    if earlier:
+        found["before"] = earlier["metrics"]
+    if test.generated is not None:
+        found["samples"] = scoring.side_by_side(test, dict(earlier))
+    packing = getattr(data.splits["train"], "packing", None)
+    if packing is not None:
+        found["data"]["packing"] = str(packing)
+    if merge_difference is not None:
+        found["model"]["largest_logit_difference_after_merge"] = merge_difference
+    outputs.write_json(folder / "results.json", found)
+    return found
+
+
+def export(
+    pieces: Pieces, params: Params, target: Path, labels: Sequence[str] | None
+) -> float | None:
+    """Writes the Hugging Face folder; an overlay is merged, in float32, and the largest logit
+    difference that this makes on a batch of the test split is returned."""
+    difference = None
+    if pieces.overlay is not None:
+        batch = next(iter(pieces.evaluation("test")))
+        inputs = {k: np.asarray(v) for k, v in batch.items() if k in _INPUTS}
+        if pieces.data.task.kind == "seq2seq":
+            inputs["labels"] = np.asarray(batch["labels"])
+        merged = pieces.overlay.merged(pieces.loaded.model, params, inputs)
+        params, difference = merged.params, merged.largest_difference
+    own = pieces.origin.tokenizer
+    pretrained.save(
+        target,
+        pieces.loaded.model,
+        params,
+        labels=labels,
+        tokenizer_dir=own if own.is_dir() and pieces.data.tokenizer is not None else None,
+    )
+    if own.is_file() and pieces.data.tokenizer is not None:  # inside a file of weights
+        pieces.data.tokenizer.save(target)
+    return difference
+
+
+def _baselines(pieces: Pieces) -> dict[str, dict[str, float]]:
+    """What a result must be compared with: the majority class, and the frozen encoder."""
+    if pieces.data.task.kind != "classification":
+        return {}
+    # Loaded again: the parameters that were fine-tuned have been given up.
+    frozen = pretrained.load(pieces.origin.weights, head=None, plan=None)
+
+    def feats(split: str) -> Any:
+        return evaluate.features(frozen.model, frozen.params, pieces.evaluation(split))
+
+    train, valid, test = feats("train"), feats("valid"), feats("test")
+    count = pieces.data.task.num_labels
+    fitted = evaluate.logistic_regression(
+        (train.x, train.labels), (valid.x, valid.labels), num_labels=count
+    )
+    return {
+        "majority class": {"accuracy": evaluate.majority(train.labels, test.labels).accuracy},
+        "frozen features + logistic regression": {
+            "accuracy": evaluate.accuracy(fitted.predict(test.x), test.labels)
+        },
+    }

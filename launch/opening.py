@@ -1,0 +1,60 @@
+"""A model that writes, opened with its tokenizer; what cannot be used is told before it is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from steppe.data.text import Tokenizer
+from steppe.launch import kinds, setup
+from steppe.models import pretrained
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model with its parameters and its tokenizer.
+
+    Attributes:
+      origin: where they come from.
+      kind: decoder or encoder-decoder.
+    """
+
+    origin: setup.Origin
+    model: Any
+    params: Any
+    tokenizer: Tokenizer
+    kind: str
+
+
+def resolve(name: str) -> setup.Origin:
+    """The origin of a model; of a run folder, of the model that it exported."""
+    if not name.startswith("asset:") and (Path(name).expanduser() / "model").is_dir():
+        return setup.origin(str(Path(name).expanduser() / "model"))
+    return setup.origin(name)
+
+
+def open_writer(name: str, dtype: str = "float32") -> Opened:
+    """Opens a model that writes text.
+
+    Args:
+      name: run folder, model folder, file of weights, or ``asset:NAME``.
+      dtype: of the parameters.
+
+    Raises:
+      ValueError: the model writes no text, or its tokenizer is another model's.
+      FileNotFoundError: no such model, or it has no tokenizer.
+    """
+    origin = resolve(name)
+    bare = pretrained.load_config(origin.weights)
+    kinds.check_writer(bare, name)
+    tokenizer = Tokenizer.open(origin.tokenizer)
+    setup.check_vocabulary(tokenizer, bare.vocab_size, origin.tokenizer)
+    loaded = pretrained.load(origin.weights, dtype=dtype)
+    if loaded.model.config.head is None:
+        # Saved without the class of a head; a tied one needs nothing more.
+        loaded = pretrained.load(origin.weights, head="lm", dtype=dtype)
+        if loaded.fresh:
+            raise ValueError(f"{name} holds no output layer ({loaded.fresh[0]} is missing)")
+    kind = kinds.check_writes(loaded.model, name)
+    return Opened(origin, loaded.model, loaded.params, tokenizer, kind)
