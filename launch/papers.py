@@ -16,13 +16,13 @@ class Paper:
       title: what it is.
       function: dotted public function; its module's docstring holds equations, reference and
         deviations.
-      command: the command that shows it.
+      command: the command that shows it; empty for what is used from Python only.
     """
 
     name: str
     title: str
     function: str
-    command: str
+    command: str = ""
 
 
 PAPERS = (
@@ -31,6 +31,21 @@ PAPERS = (
         "LoRA: low-rank adaptation (Hu et al., ICLR 2022)",
         "steppe.models.overlays.lora.overlay",
         "steppe finetune vader-lora",
+    ),
+    Paper(
+        "long-context",
+        "Llama 2 Long: RoPE with adjusted base (Xiong et al., NAACL 2024)",
+        "steppe.models.rotary.extend_context",
+    ),
+    Paper(
+        "sam",
+        "SAM, ASAM, GSAM, LookSAM: sharpness-aware minimisation",
+        "steppe.optim.sam.sam",
+    ),
+    Paper(
+        "fsam",
+        "FSAM: SAM with a Fisher mask (Zhong et al., Findings of EMNLP 2022)",
+        "steppe.optim.fsam.fsam",
     ),
 )
 
@@ -59,7 +74,11 @@ def main(args: list[str]) -> int:
     console.print(f"[bold]{paper.title}[/bold]\n")
     console.print(inspect.getdoc(module), markup=False, highlight=False)
     signature = inspect.signature(getattr(module, attribute))
-    settings = [f"{p.name}={p.default!r}" for p in signature.parameters.values()]
+    settings = [
+        p.name if p.default is p.empty else f"{p.name}={p.default!r}"
+        for p in signature.parameters.values()
+    ]
     console.print(f"\n{paper.function}({', '.join(settings)})", markup=False)
-    console.print(f"\nsee it run: {paper.command}", markup=False)
+    if paper.command:
+        console.print(f"\nsee it run: {paper.command}", markup=False)
     return 0
