@@ -15,7 +15,9 @@ from pathlib import Path
 
 _VECTOR = "--xla_cpu_prefer_vector_width"
 # Numbers of malloc.h: M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD, M_ARENA_MAX.
-_SETTINGS = ((-4, 0), (-1, 2**31 - 1), (-2, 2**28), (-8, 1))
+# A trim threshold of -1 is none at all: 2 GiB, the largest number, is less than a step of a
+# language model holds.
+_SETTINGS = ((-4, 0), (-1, -1), (-2, 2**28), (-8, 1))
 
 
 def prepare() -> None:

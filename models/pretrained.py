@@ -291,7 +291,8 @@ def _open(path: Path) -> tuple[Weights, dict[str, Any]]:
             raise FileNotFoundError(f"model file {path} does not exist")
         opened: tuple[Weights, dict[str, Any]] = importlib.import_module(reader).read(path)
         return opened
-    return weights.open_directory(path), _read_config(path)
+    raw = _read_config(path)  # first: what it says of a wrong folder is clearer
+    return weights.open_directory(path), raw
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

@@ -137,7 +137,7 @@ def test_gradients(models, family):
     theirs = dict(reference.named_parameters())
     for path, gradient in ours.items():
         name = names[path]
-        parts = [theirs[t].grad.numpy() for t in name.tensors(3)]
+        parts = [theirs[t].grad.numpy() for t in name.tensors((3,))]
         parts = [p.T if name.transposed else p for p in parts]
         expected = np.stack(parts) if "{}" in name.tensor else parts[0]
         np.testing.assert_allclose(gradient, expected, atol=1e-4, rtol=1e-4, err_msg=path)
