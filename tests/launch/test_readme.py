@@ -1,4 +1,4 @@
-"""The README's example runs as it stands."""
+"""The README's examples run as they stand."""
 
 import re
 from pathlib import Path
@@ -8,8 +8,25 @@ from .test_cli import world  # noqa: F401 -- a fixture
 README = Path(__file__).resolve().parents[2] / "README.md"
 
 
+def example(holding):
+    """The one Python block that holds a text."""
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
+    (code,) = [block for block in blocks if holding in block]
+    return code
+
+
+def test_the_generation_example(tiny, capsys):
+    names = {"decoder": str(tiny.llama)}
+    exec(compile(example("decoding.generate"), "README.md", "exec"), names)
+    said = names["said"]
+    assert len(said.texts) == 2
+    assert said.lengths[0] <= 5
+    assert said.lengths[1] <= 9
+    assert said.texts[0] in capsys.readouterr().out
+
+
 def test_the_notebook_example(world, capsys):  # noqa: F811
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
+    code = example("step.make")
     names = {
         "folder": str(world / "model"),
         "source": f"file:{world / 'data.jsonl'}",
