@@ -234,8 +234,9 @@ def read(path: Path) -> tuple[MarianWeights, dict[str, Any]]:
         "max_position_embeddings": MAX_LENGTH,
         "activation_function": settings.get("transformer-ffn-activation", "relu"),
         "scale_embedding": True,
-        # Marian writes nothing on dropout into its files.
-        "dropout": 0.1,
+        # Marian writes nothing on dropout into its files. The published students do not bear
+        # it: a rate of 0.1 raises their loss from 1.2 to 8.5 nats a token.
+        "dropout": 0.0,
         # </s>; there is no padding token, and the decoder starts from a vector of zeros.
         "eos_token_id": 0,
         "pad_token_id": 0,

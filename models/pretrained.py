@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from steppe.models import tree, weights
+from steppe.models.families import faithful
 from steppe.models.families import family as family_of
 from steppe.models.families.names import Config, Family, Name
 from steppe.models.heads import HeadConfig
@@ -219,6 +220,7 @@ def save(
         **family.write(config),
         **_write_head(config.head, labels),
     }
+    faithful.check(family, config, raw, _strip(family, tensors))
     keep = ("config.json", PREPROCESSOR, weights.SINGLE, weights.SHARDED, *TOKENIZER_FILES)
     target = Path(directory)
     shards = tuple(p.name for p in target.glob("model-*-of-*.safetensors"))

@@ -97,7 +97,7 @@ def fsam(
     base = check_base(base)
     perturb = perturbation or l2()
     whole = structure in ("element", "tensor")
-    exclude = tuple(exclude)
+    exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     if whole and keep_ratio == 1 and not exclude and not plain_refresh:
         return two_gradients(base, rho, perturb, lambda g, sharp: sharp)
     off = (whole and keep_ratio == 0 and (not exclude or excluded_mode == "zero")) or static_zero(
@@ -175,8 +175,10 @@ def _check(
 ) -> None:
     if not 0.0 <= keep_ratio <= 1.0:
         raise ValueError(f"keep_ratio must be in [0, 1], got {keep_ratio}")
-    if refresh_every < 1:
-        raise ValueError(f"refresh_every must be >= 1 update, got {refresh_every}")
+    if refresh_every < 1 or int(refresh_every) != refresh_every:
+        raise ValueError(
+            f"refresh_every must be a whole number of updates >= 1, got {refresh_every}"
+        )
     if fisher not in ("batch", "per_sample"):
         raise ValueError(f"fisher must be 'batch' or 'per_sample', got {fisher!r}")
     if excluded_mode not in ("zero", "full"):
@@ -184,7 +186,7 @@ def _check(
     if structure in ("element", "tensor"):
         return
     pair = structure if isinstance(structure, tuple) and len(structure) == 2 else (0, 0)
-    if not 0 < pair[0] <= pair[1]:
+    if not 0 < pair[0] <= pair[1] or any(int(n) != n for n in pair):
         raise ValueError(
             f"structure must be 'element', 'tensor' or (N, M) with 0 < N <= M, got {structure!r}"
         )

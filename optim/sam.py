@@ -158,8 +158,8 @@ def looksam(
       ValueError: every < 1, alpha is not finite, rho is negative or NaN.
       TypeError: base is not an optax transform.
     """
-    if every < 1:
-        raise ValueError(f"every must be >= 1, got {every}")
+    if every < 1 or int(every) != every:
+        raise ValueError(f"every must be a whole number >= 1, got {every}")
     _check_finite(alpha, "alpha")
     base = check_base(base)
     check_radius(rho)
@@ -288,8 +288,15 @@ def check_radius(rho: Radius) -> None:
     Raises:
       ValueError: it is negative, NaN or infinite.
     """
-    if isinstance(rho, (int, float)):
-        _check_radius(rho, "rho")
+    if callable(rho) or isinstance(rho, jax.core.Tracer):
+        return
+    try:
+        value = float(rho)
+    except (TypeError, ValueError):
+        value = math.nan
+    if isinstance(rho, bool) or math.isnan(value):
+        raise ValueError(f"rho must be a number >= 0 or a schedule, got {rho!r}")
+    _check_radius(value, "rho")
 
 
 def _check_radius(value: float, name: str) -> None:

@@ -12,6 +12,7 @@ The rules for stopping and for keeping finished sequences are those of ``transfo
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -117,6 +118,8 @@ def beam_search(
         raise ValueError(f"beams must be at least 1, got {beams}; 1 is greedy search")
     if not 1 <= best <= beams:
         raise ValueError(f"best must be from 1 to beams = {beams}, got {best}; raise beams")
+    if not math.isfinite(length_penalty):
+        raise ValueError(f"length_penalty must be a finite number, got {length_penalty}")
     if not any(early_stopping is known for known in STOPPING):
         if early_stopping != "never":
             raise ValueError(
@@ -132,7 +135,12 @@ def beam_search(
     rows = settings.rows(count * beams)
     made = make(model, sizes=sizes)
     prompt = prompts.prepare(
-        batch, int(max_new_tokens), source=made._source, limit=made._limit, sizes=sizes
+        batch,
+        int(max_new_tokens),
+        source=made._source,
+        limit=made._limit,
+        sizes=sizes,
+        vocabulary=made._vocabulary,
     )
     hooks, deltas = split_sites(sites)
     options = _Options(

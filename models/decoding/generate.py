@@ -64,11 +64,12 @@ class Generator:
         *,
         source: bool = False,
         limit: int | None = None,
+        vocabulary: int | None = None,
         sizes: prompts.Sizes | None = prompts.bucket,
         rows: prompts.Sizes | None = None,
     ) -> None:
         self.decode = decode
-        self._source, self._limit = source, limit
+        self._source, self._limit, self._vocabulary = source, limit, vocabulary
         self._sizes, self._rows = sizes, rows
         self._prefill = jax.jit(
             functools.partial(loop.prefill, decode), static_argnames=("room", "hooks")
@@ -141,6 +142,7 @@ class Generator:
             raise ValueError(f"every must be at least 1 token, got {every}")
         stop = stops.check(stop, decode)
         eos = eos_ids(eos_id)
+        prompts.check_ids(eos, self._vocabulary, "eos_id")
         longest = int(rows.max_new.max())
         prompt = prompts.prepare(
             batch,
@@ -149,6 +151,7 @@ class Generator:
             limit=self._limit,
             sizes=self._sizes,
             rows=self._rows,
+            vocabulary=self._vocabulary,
         )
         rows = pad_rows(rows, len(prompt.context))
         hooks, deltas = split_sites(sites)
@@ -231,16 +234,20 @@ def make(
         raise ValueError(
             "this model does not generate: its decode is None; load one with a lm head"
         )
-    limit = getattr(model.config, "max_length", None)
     return Generator(
-        model.decode, source=prompts.reads_source(model), limit=limit, sizes=sizes, rows=rows
+        model.decode,
+        source=prompts.reads_source(model),
+        limit=prompts.limit_of(model),
+        vocabulary=prompts.vocabulary_of(model),
+        sizes=sizes,
+        rows=rows,
     )
 
 
 @functools.lru_cache(maxsize=32)
-def _shared(decode: Decode, source: bool, limit: int | None) -> Generator:
+def _shared(decode: Decode, source: bool, limit: int | None, vocabulary: int | None) -> Generator:
     # By the functions and not by the model: a model under an overlay holds parameters.
-    return Generator(decode, source=source, limit=limit)
+    return Generator(decode, source=source, limit=limit, vocabulary=vocabulary)
 
 
 def generate(
@@ -265,7 +272,7 @@ def shared(model: Any) -> Generator:
       ValueError: the model does not generate.
     """
     made = make(model)
-    return _shared(made.decode, made._source, made._limit)
+    return _shared(made.decode, made._source, made._limit, made._vocabulary)
 
 
 def _result(

@@ -99,6 +99,38 @@ def reads_source(model: Any) -> bool:
     return any(name.startswith("encoder.") for name in getattr(model, "sites", ()))
 
 
+def limit_of(model: Any) -> int | None:
+    """Positions of the model, or None where nothing limits them (relative positions)."""
+    config = model.config
+    if getattr(config, "position_kind", None) == "relative":
+        return None
+    limit: int | None = getattr(config, "max_length", None)
+    return limit
+
+
+def vocabulary_of(model: Any) -> int | None:
+    """Number of token ids of the model, or None where its config does not say."""
+    size: int | None = getattr(model.config, "vocab_size", None)
+    return size
+
+
+def check_ids(ids: Any, vocabulary: int | None, name: str) -> None:
+    """Checks that ids are the model's.
+
+    Raises:
+      ValueError: one is not; usually the tokenizer is another model's.
+    """
+    if vocabulary is None:
+        return
+    flat = np.asarray(ids).reshape(-1)
+    outside = flat[(flat < 0) | (flat >= vocabulary)]
+    if len(outside):
+        raise ValueError(
+            f"{name} holds the token id {int(outside[0])}, the model has {vocabulary} tokens "
+            f"(0 to {vocabulary - 1}); is the tokenizer that of the model?"
+        )
+
+
 def count_rows(batch: Mapping[str, Any]) -> int:
     """Number of rows of a batch.
 
@@ -123,6 +155,7 @@ def prepare(
     limit: int | None,
     sizes: Sizes | None = bucket,
     rows: Sizes | None = None,
+    vocabulary: int | None = None,
 ) -> Prompt:
     """Checks a batch and pads it: prompts on the left, sources on the right.
 
@@ -134,20 +167,34 @@ def prepare(
       limit: positions of the model, or None where there is no limit.
       sizes: maps a length to the padded one; None leaves lengths alone.
       rows: maps a number of rows to the padded one; None leaves it alone.
+      vocabulary: number of token ids; None = not checked.
 
     Raises:
       ValueError: an empty batch, a row of padding only, a prompt that is padded on the right,
-        or one that leaves no room for ``max_new`` tokens.
+        one that leaves no room for ``max_new`` tokens, a source that is longer than the
+        model's positions, or a token id outside the vocabulary.
     """
     count = count_rows(batch)
     out = dict(batch)
     names = ("input_ids", "attention_mask")
     ids, mask = _read(out, *names)
+    check_ids(ids[mask != 0], vocabulary, names[0])
     ready = NOWHERE * np.ones((count, 1), np.int32)
     if source:
         # Padding that all rows share is cut before it is rounded up again.
         keep = int(np.flatnonzero(mask.any(axis=0))[-1]) + 1
+        if limit is not None and keep > limit:
+            raise ValueError(
+                f"a source of {keep} tokens is longer than the model's {limit} positions; cut it"
+            )
+        if limit is not None and max_new >= limit:
+            raise ValueError(
+                f"max_new_tokens = {max_new} and the start token need {max_new + 1} positions, "
+                f"the model has {limit}; ask for {limit - 1}"
+            )
         width = keep if sizes is None else sizes(keep)
+        if limit is not None:
+            width = min(width, limit)
         fill = (0, max(0, width - keep))
         for name, value in zip(names, (ids, mask)):
             out[name] = np.pad(value[:, :keep], ((0, 0), fill))
@@ -155,16 +202,19 @@ def prepare(
         names = ("decoder_input_ids", "decoder_attention_mask")
         if out.get(names[0]) is not None:
             ids, mask = _read(out, *names)
+            check_ids(ids[mask != 0], vocabulary, names[0])
             prefix = ids.shape[1]
     if not source or (names[0] in out and out[names[0]] is not None):
         _check_left(mask, names)
         first = int(np.flatnonzero(mask.any(axis=0))[0])
         length = ids.shape[1] - first
         if limit is not None and length + max_new > limit:
+            cures = [f"cut the prompt to {limit - max_new} tokens"] if limit > max_new else []
+            cures += [f"ask for {limit - length} new ones"] if limit > length else []
             raise ValueError(
                 f"a prompt of {length} tokens and max_new_tokens = {max_new} need "
-                f"{length + max_new} positions, the model has {limit}; cut the prompt to "
-                f"{max(limit - max_new, 0)} tokens or ask for {max(limit - length, 0)} new ones"
+                f"{length + max_new} positions, the model has {limit}; "
+                f"{' or '.join(cures) or 'shorten both'}"
             )
         width = length if sizes is None else sizes(length)
         if limit is not None:

@@ -80,15 +80,22 @@ def score(
     if rows < 1:
         raise ValueError(f"rows must be at least 1, got {rows}; it is the size of a batch")
     source = prompts.reads_source(model)
-    limit = None if source else getattr(model.config, "max_length", None)
+    vocabulary = prompts.vocabulary_of(model)
+    for i, (prompt, continuation) in enumerate(pairs):
+        prompts.check_ids(prompt, vocabulary, f"prompt {i}")
+        prompts.check_ids(continuation, vocabulary, f"continuation {i}")
+    limit = prompts.limit_of(model)
     counts = np.array([len(c) for _, c in pairs], np.int32)
     lengths = [(len(p), len(c)) if source else (len(p) + len(c), len(c)) for p, c in pairs]
-    longest = max(total for total, _ in lengths)
-    if limit is not None and longest > limit:
-        row = [total for total, _ in lengths].index(longest)
+    read = [max(pair) for pair in lengths]  # of an encoder-decoder the longer of the two texts
+    if limit is not None and max(read) > limit:
+        row = read.index(max(read))
+        what, cure = "have {} tokens together", "cut the prompt on its left"
+        if source:
+            what, cure = "have up to {} tokens", "cut the longer one"
         raise ValueError(
-            f"prompt and continuation {row} have {longest} tokens together, the model {limit} "
-            "positions; cut the prompt on its left"
+            f"prompt and continuation {row} {what.format(max(read))}, the model {limit} "
+            f"positions; {cure}"
         )
     tokens = np.zeros((len(pairs), int(counts.max())), np.float32)
     greedy = np.zeros(len(pairs), bool)
@@ -210,8 +217,10 @@ def _batch(
     pad_id: int,
 ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
     """(batch, targets [B, U], columns [B, U] whose logits score them)."""
-    width = max(len(c) for _, c in pairs)
-    width = width if sizes is None else sizes(width)
+    longest = max(len(c) for _, c in pairs)
+    width = longest if sizes is None else max(sizes(longest), longest)
+    if source and limit is not None:
+        width = min(width, limit)
     read = [list(p) if source else [*p, *c] for p, c in pairs]
     length = max(len(r) for r in read)
     if sizes is not None:

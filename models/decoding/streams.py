@@ -123,11 +123,18 @@ def streams(
     if len(set(kinds.values())) > 1:
         raise ValueError("streams must be all decoders or all encoder-decoders")
     source = kinds[names[0]]
-    limits = [getattr(model.config, "max_length", None) for model, _, _ in parts.values()]
+    limits = [prompts.limit_of(model) for model, _, _ in parts.values()]
     limit = min((n for n in limits if n is not None), default=None)
     ready = {
-        name: prompts.prepare(batch, 1, source=source, limit=limit, sizes=None)
-        for name, (_, _, batch) in parts.items()
+        name: prompts.prepare(
+            batch,
+            1,
+            source=source,
+            limit=limit,
+            sizes=None,
+            vocabulary=prompts.vocabulary_of(model),
+        )
+        for name, (model, _, batch) in parts.items()
     }
     # One width for all, so that they can run as one batch and stop at the same column.
     batches = {name: dict(prompt.batch) for name, prompt in ready.items()}

@@ -434,7 +434,7 @@ def test_command_line(tmp_path, capsys):
     assert "Import time" in said
     assert json.loads(out.read_text())["config"]["module"] == "fractions"
     assert cli.main([]) == 2
-    assert "finetune,compile,load,imports,mfu" in capsys.readouterr().out
+    assert "finetune,lm-step,generate,compile,load,imports,mfu" in capsys.readouterr().out
     with pytest.raises(ValueError, match="unknown benchmark 'nothing'; known: finetune, "):
         cli.main(["nothing"])
 

@@ -314,7 +314,7 @@ def test_bad_models(capsys, world, tmp_path):
     for name, damage, says in [
         ("gone", lambda d: shutil.rmtree(d), "does not exist"),
         ("cut", lambda d: os.truncate(d / "model.safetensors", 999), "truncated or damaged"),
-        ("other", lambda d: _edit(d, model_type="gpt9"), "known families: bert, "),
+        ("other", lambda d: _edit(d, model_type="gpt9"), "known families: bart, bert, "),
         ("shape", lambda d: _edit(d, intermediate_size=33), "config.json asks for"),
         ("vocab", _longer_vocabulary, "do not belong together"),
     ]:

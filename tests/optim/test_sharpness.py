@@ -351,12 +351,16 @@ def test_asam_does_not_see_a_rescaling_and_sam_does() -> None:
 
 BAD = {
     "negative rho": (lambda: optim.sam(SGD, -0.1), "rho must be >= 0"),
-    "rho not a number": (lambda: optim.fsam(SGD, float("nan")), "rho must be >= 0"),
+    "rho not a number": (lambda: optim.fsam(SGD, float("nan")), "rho must be a number"),
+    "negative rho of numpy": (lambda: optim.sam(SGD, np.float32(-1)), "rho must be >= 0"),
+    "rho of another kind": (lambda: optim.sam(SGD, "x"), "rho must be a number"),
+    "half a step": (lambda: optim.looksam(SGD, every=2.5), "whole number"),
+    "half a neighbour": (lambda: optim.fsam(SGD, structure=(1.5, 2)), "structure must be"),
     "keep_ratio": (lambda: optim.fsam(SGD, keep_ratio=1.5), "keep_ratio must be in"),
-    "refresh": (lambda: optim.fsam(SGD, refresh_every=0), "refresh_every must be >= 1"),
+    "refresh": (lambda: optim.fsam(SGD, refresh_every=0), "refresh_every must be a whole"),
     "structure": (lambda: optim.fsam(SGD, structure=(4, 2)), "structure must be"),
     "eta": (lambda: optim.asam(SGD, eta=-1.0), "eta must be >= 0"),
-    "every": (lambda: optim.looksam(SGD, every=0), "every must be >= 1"),
+    "every": (lambda: optim.looksam(SGD, every=0), "every must be a whole"),
     "exclude": (lambda: optim.fsam(SGD, exclude=("nose",)).init(W), "matches no parameter"),
     "no grad_fn": (
         lambda: optim.sam(SGD).update(W, optim.sam(SGD).init(W), W),
