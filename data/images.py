@@ -66,7 +66,8 @@ class ImageClassification:
     Attributes:
       labels: class names in order; see :meth:`from_records` to gather them.
       image, label: columns. An image is a uint8 array [H, W], [H, W, 1] or [H, W, 3], a PIL
-        image, or the bytes of a file such as PNG or JPEG (also as ``{"bytes": ...}``).
+        image, the bytes of a file such as PNG or JPEG (also as ``{"bytes": ...}``), or pixels
+        as nested lists of whole numbers 0 to 255, of the same shapes.
       size: of the result in pixels, (height, width) or one number for both.
       fit: "stretch" resizes to `size` whatever the proportions; "crop" resizes the image until
         it covers `size` and takes its centre.
@@ -157,6 +158,13 @@ class ImageClassification:
             image = _plain(value)
         elif isinstance(value, np.ndarray):
             image = Image.fromarray(checked(value, unit_floats=self.unit_floats))
+        elif isinstance(value, (list, tuple)):
+            image = Image.fromarray(checked(_listed(value)))
+        elif isinstance(value, str):
+            raise DataError(
+                f"got the text {shorten(value)}; images come as pixels or as encoded bytes "
+                "(parquet, hf), not as paths"
+            )
         else:
             raise DataError(
                 f"must be a uint8 array, a PIL image or the bytes of an image file, got "
@@ -199,6 +207,26 @@ def checked(array: np.ndarray, *, unit_floats: bool = False) -> np.ndarray:
     if not array.size:
         raise DataError(f"{has} has no pixels; drop the row")
     return array
+
+
+def _listed(value: Sequence[Any]) -> np.ndarray:
+    """Nested lists of numbers, as JSON holds pixels, as a uint8 array."""
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise DataError("the lists of pixels have unequal lengths; give [H, W] or [H, W, 3]") from (
+            error
+        )
+    if array.size and not (
+        array.dtype.kind in "iuf"
+        and ((array >= 0) & (array <= 255)).all()
+        and (array == np.floor(array)).all()
+    ):
+        raise DataError(
+            f"the pixels in lists of shape {list(array.shape)} must be whole numbers 0 to 255, "
+            f"got {shorten(value)}"
+        )
+    return array.astype(np.uint8)
 
 
 def _decoded(data: bytes) -> Any:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from steppe.data import tokenizer_files, tokenizer_gguf
-from steppe.data.errors import DataError, listing
+from steppe.data.errors import DataError, listing, shorten
 from steppe.data.tokenizer_files import Special
 
 if TYPE_CHECKING:
@@ -232,20 +232,30 @@ class Tokenizer:
             stand in the text itself are read as what they are in either case.
 
         Raises:
-          DataError: `pairs` has another length, or `max_length` exceeds the model's positions.
+          DataError: `pairs` has another length, `max_length` exceeds the model's positions, or a
+            text is not valid Unicode.
         """
         if pairs is not None and len(pairs) != len(texts):
             raise DataError(f"{len(texts)} texts but {len(pairs)} second texts")
         inputs: Any = list(texts) if pairs is None else list(zip(texts, pairs))
         if max_length is None:
-            encodings = self._backend.encode_batch(inputs, add_special_tokens=special)
+            encodings = self._encoded(inputs, special)
         else:
             self._backend.enable_truncation(self.check_length(max_length), strategy="longest_first")
             try:
-                encodings = self._backend.encode_batch(inputs, add_special_tokens=special)
+                encodings = self._encoded(inputs, special)
             finally:
                 self._backend.no_truncation()
         return [_plain(encoding) for encoding in encodings]
+
+    def _encoded(self, inputs: list[Any], special: bool = True) -> list[Any]:
+        try:
+            return list(self._backend.encode_batch(inputs, add_special_tokens=special))
+        except (TypeError, UnicodeEncodeError):
+            for row, given in enumerate(inputs):
+                for text in given if isinstance(given, tuple) else (given,):
+                    _check_unicode(text, row)
+            raise
 
     def encode_windows(
         self, questions: Sequence[str], contexts: Sequence[str], max_length: int, stride: int
@@ -265,7 +275,7 @@ class Tokenizer:
         if stride < 0:
             raise DataError(f"stride must be >= 0 tokens, got {stride}")
         special = self._backend.num_special_tokens_to_add(True)
-        lengths = [len(e.ids) for e in self._backend.encode_batch(list(questions), False, False)]
+        lengths = [len(e.ids) for e in self._encoded(list(questions), False)]
         for row, length in enumerate(lengths):
             room = max_length - special - length
             if room <= stride:
@@ -276,7 +286,7 @@ class Tokenizer:
                 )
         self._backend.enable_truncation(max_length, stride=stride, strategy="only_second")
         try:
-            encodings = self._backend.encode_batch(list(zip(questions, contexts)))
+            encodings = self._encoded(list(zip(questions, contexts)))
         finally:
             self._backend.no_truncation()
         return [[_plain(e), *map(_plain, e.overflowing)] for e in encodings]
@@ -370,6 +380,21 @@ class Stream:
             del self._ids[: self._done]
             self._done = len(self._ids)
         return piece
+
+
+def _check_unicode(text: Any, row: int) -> None:
+    """Refuses lone surrogates, which stand for bytes that were not decoded."""
+    if not isinstance(text, str):
+        return
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        around = text[max(0, error.start - 20) : error.start + 20]
+        raise DataError(
+            f"text {row} is not valid Unicode: {shorten(around)} holds "
+            f"{text[error.start]!a} (character {error.start}); "
+            "is the file or terminal in UTF-8?"
+        ) from error
 
 
 def _plain(encoding: tokenizers.Encoding) -> Encoding:

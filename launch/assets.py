@@ -51,9 +51,13 @@ def _list() -> int:
 
     from steppe.data import assets
 
-    columns = ("name", "what", "MB", "from", "licence", "consent", "here")
-    table = Table(*columns, box=None, header_style="bold")
-    for asset in assets.list():
+    known = assets.list()
+    table = Table(box=None, header_style="bold")
+    # Names are typed into other commands: they keep their width, the others wrap.
+    table.add_column("name", no_wrap=True, min_width=max(len(asset.name) for asset in known))
+    for column in ("what", "MB", "from", "licence", "consent", "here"):
+        table.add_column(column, overflow="fold")
+    for asset in known:
         try:
             here = "yes" if assets.path(asset.name) else ""
         except assets.AssetMissing:

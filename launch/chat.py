@@ -6,6 +6,7 @@ ends the chat. The conversation is kept as far as it fits into the model's conte
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -30,12 +31,14 @@ class Conversation:
       room: tokens that a prompt may have.
       system: the system message; empty = what the template does without one.
       turns: messages of user and assistant, oldest first.
+      template: Jinja source or a name; None = the tokenizer's own.
     """
 
     tokenizer: Tokenizer
     room: int
     system: str = ""
     turns: list[dict[str, str]] = field(default_factory=list)
+    template: str | None = None
 
     def prompt(self, said: str) -> tuple[np.ndarray, int]:
         """Adds what the user said; token ids of the whole, and how many turns were dropped.
@@ -49,7 +52,7 @@ class Conversation:
         dropped = 0
         while True:
             head = [{"role": "system", "content": self.system}] if self.system else []
-            ids = chat.encode_prompt(self.tokenizer, [*head, *turns])
+            ids = chat.encode_prompt(self.tokenizer, [*head, *turns], template=self.template)
             if len(ids) <= self.room:
                 self.turns = turns
                 return np.asarray(ids, np.int32), dropped
@@ -81,22 +84,25 @@ def run(config: ChatConfig, source: TextIO | None = None, target: TextIO | None 
       ValueError: a model that writes no text or is no decoder, a missing chat template, a
         setting out of range.
     """
-    source = sys.stdin if source is None else source
+    if source is None:
+        source = sys.stdin
+        if isinstance(source, io.TextIOWrapper):
+            source.reconfigure(errors="surrogateescape")  # refused turn by turn, not at once
     target = sys.stdout if target is None else target
+    settings = generate.settings(config)
+    writing.check_settings(settings, config.stops)
     opened = opening.open_writer(config.model, config.dtype)
     if opened.kind != "decoder":
         raise ValueError(f"chat is for decoders; {config.model} is of kind {opened.kind}")
-    chat.template_of(opened.tokenizer)
-    writer = writing.Writer(
-        opened.model, opened.tokenizer, generate.settings(config), stop=config.stops
-    )
+    template = generate.template(config, opened.tokenizer)
+    writer = writing.Writer(opened.model, opened.tokenizer, settings, stop=config.stops)
     limit = writer.limit or 2**20
     room = limit - writer.more
     if room < 1:
         raise ValueError(
             f"max_new_tokens={writer.more} leaves no room in the model's {limit} positions"
         )
-    talk = Conversation(opened.tokenizer, room, config.system)
+    talk = Conversation(opened.tokenizer, room, config.system, template=template)
     terminal = source.isatty() and target.isatty()
     if terminal:
         target.write(f"{config.model}: {HELP}\n")

@@ -127,7 +127,10 @@ def _parse(kind: Any, args: list[str], prog: str, default: Any = None) -> Any:
         words = " ".join(" ".join(x.strip(" |-") for x in lines).split())
         words = re.sub(
             r"^(Parsing error|Unrecognized options|Value error|Required options)\s+", "", words
-        ).split(" For full helptext")[0]
+        )
+        words = re.sub(r"^(Invalid choice|Missing argument)\s+(?=invalid|Missing)", "", words)
+        words = re.sub(r"^Error parsing (\w+: )?", "", words)
+        words = re.split(r" For full helptext| Argument helptext", words)[0].rstrip(". ")
         raise ValueError(f"{words}; `steppe {prog} --help` lists the options") from None
 
 
@@ -158,9 +161,8 @@ def _evaluate(args: list[str]) -> int:
 
     # A run's own data settings are the default, so that any of them can be set, even back to
     # the default of a fresh one.
-    own = evaluation.own_data(model) if model else None
-    default = EvaluateConfig(model) if own is None else EvaluateConfig(model, own)
-    evaluation.run(_parse(EvaluateConfig, args, "evaluate", default if model else None))
+    default = evaluation.defaults(model) if model else None
+    evaluation.run(_parse(EvaluateConfig, args, "evaluate", default))
     return 0
 
 

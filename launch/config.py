@@ -138,7 +138,7 @@ class FinetuneConfig:
     """``steppe finetune``: fine-tune a pretrained model, evaluate it, report, export.
 
     Attributes:
-      model: model folder, ``.onnx`` file, or ``asset:NAME``.
+      model: model folder, file of weights (``.onnx``, ``.gguf``, ``.bin``), or ``asset:NAME``.
       out: run folder; empty = runs/ and a name made of data and model.
       data, optim, lora: see there.
       epochs: passes over the training split; ignored when steps > 0.
@@ -199,6 +199,11 @@ class FinetuneConfig:
         for name in ("steps", "eval_every", "save_every", "samples", "sample_tokens"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+        if self.samples and not self.sample_tokens:
+            raise ValueError(
+                f"sample_tokens must be >= 1 where texts are written (samples={self.samples}), "
+                "got 0; samples=0 writes none"
+            )
         if self.steps == 0 and not self.epochs > 0:
             raise ValueError(f"epochs must be > 0 (or give steps), got {self.epochs}")
         if not 0.0 <= self.ema < 1.0:
@@ -291,27 +296,36 @@ class GenerateConfig(SamplingConfig):
 
     Attributes:
       model: run folder, model folder, file of weights, or ``asset:NAME``.
-      prompt: one text; what is written for it appears as it is written.
+      prompt: one text; what is written for it appears as it is written. None = not given.
       prompts: file of several: one a line, or ``.jsonl`` with a column of them.
       column: of that file; a chat may stand there as a list of messages.
       chat: prompts are what a user says, put into the model's chat template.
       system: the system message of such chats.
+      template: of such chats: ``chatml`` or Jinja source; None = the model's own.
       prefix: put in front of every prompt, as T5 wants ("translate English to German: ").
-      beams: above 1 = beam search in place of greedy.
+      beams: above 1 = beam search in place of greedy; 64 at most.
       batch_size: prompts that are gone on with at once.
       out: file for the texts as JSON lines; without it those of a file go to the terminal.
     """
 
     model: str = ""
-    prompt: str = ""
+    prompt: str | None = None
     prompts: str = ""
     column: str = "prompt"
     chat: bool = False
     system: str = ""
+    template: str | None = None
     prefix: str = ""
     beams: int = 1
     batch_size: int = 8
     out: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.beams <= 64:
+            raise ValueError(f"beams must be 1 to 64, got {self.beams}")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be >= 1, got {self.batch_size}")
 
 
 @dataclass(frozen=True)
@@ -321,10 +335,12 @@ class ChatConfig(SamplingConfig):
     Attributes:
       model: run folder, model folder, file of weights, or ``asset:NAME``.
       system: the system message.
+      template: ``chatml`` or Jinja source; None = the model's own.
     """
 
     model: str = ""
     system: str = ""
+    template: str | None = None
     max_new_tokens: int = 256
 
 

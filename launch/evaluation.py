@@ -40,8 +40,6 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     if split == "auto":
         # The hash split of another source would be a tenth of it, and means nothing there.
         split = "test" if own is not None and own.source == data.source else "all"
-    bare = pretrained.load_config(origin.weights)
-    tokenizer = setup.fitting(data, origin, bare)
     loaded = pretrained.load(origin.weights)
     head = loaded.model.config.head
     if head is None and data.task in ("lm", "chat", "seq2seq"):
@@ -53,6 +51,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             f"model {config.model!r} has no head to evaluate; fine-tune it first, "
             "or give the folder of a run"
         )
+    tokenizer = setup.fitting(data, origin, pretrained.load_config(origin.weights))
     task, dataset = _dataset(data, split, tokenizer, loaded)
     if kinds.head_of(task.kind) != head.kind:
         raise ValueError(
@@ -92,11 +91,26 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     for name, value in result.metrics.items():
         interval = intervals.get(name)
         spread = f"   95% interval {interval[0]:.4f} to {interval[1]:.4f}" if interval else ""
-        table.add_row(name, f"{value:,.4f}{spread}" if name != "examples" else f"{int(value):,}")
+        table.add_row(name, f"{int(value):,}" if name in _COUNTS else f"{value:,.4f}{spread}")
     Console().print(table)
     if config.out:
         print(outputs.write_json(Path(config.out), found))
     return found
+
+
+_COUNTS = ("examples", "tokens", "generated")
+
+
+def defaults(model: str) -> EvaluateConfig:
+    """The settings that a run folder brings; those of any other model are the plain ones."""
+    data = own_data(model)
+    if data is None:
+        return EvaluateConfig(model)
+    if data.task != "seq2seq":
+        return EvaluateConfig(model, data)
+    # Translations are judged by their texts: as many are written as in the run.
+    run = config_.read(Path(model))
+    return EvaluateConfig(model, data, samples=run.samples, sample_tokens=max(1, run.sample_tokens))
 
 
 def own_data(model: str) -> DataConfig | None:

@@ -10,6 +10,7 @@ RUN/results.json, predictions.jsonl, report.html
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -98,6 +99,10 @@ def run(config: FinetuneConfig, command: Sequence[str] = ()) -> dict[str, Any]:
         else:
             state = loop.resume(state, pieces.batches, checkpoints, writers)
             console.print(f"resumed at step {int(state.step)} of {pieces.steps}", style="dim")
+            done = _finished(folder) if int(state.step) >= pieces.steps else None
+            if done is not None:  # its timings and scores stay as they were
+                console.print("the run is complete: nothing is left to do", style="dim")
+                return _reported(folder, done)
 
     begin = time.perf_counter()
     try:
@@ -117,11 +122,26 @@ def run(config: FinetuneConfig, command: Sequence[str] = ()) -> dict[str, Any]:
             f"interrupted; what {folder} holds is complete as far as it goes. "
             "Give the same command with --resume to go on"
         ) from None
+    return _reported(folder, results)
+
+
+def _reported(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
+    from rich.console import Console
+
     from steppe.launch import report
 
     report.write(folder)
     Console().print(report.summary(folder))
     return results
+
+
+def _finished(folder: Path) -> dict[str, Any] | None:
+    """What results.json holds; None where the run has not written it, or it is damaged."""
+    try:
+        found = json.loads((folder / "results.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _before(

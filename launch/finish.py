@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -60,7 +61,7 @@ def finish(
         "metrics": {split: result.metrics for split, result in results.items()},
         "baselines": baselines,
         "intervals": outputs.interval(test, data.task.kind),
-        "command": " ".join(command),
+        "command": shlex.join(command),
         "versions": machine.versions(),
         "hardware": machine.hardware(),
         "data": {"source": data.source, "licence": data.licence, **data.counts()},

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from steppe.data import chat
+from steppe.data import chat, files
+from steppe.data.text import Tokenizer
 from steppe.launch import opening, outputs, writing
-from steppe.launch.config import GenerateConfig, SamplingConfig
+from steppe.launch.config import ChatConfig, GenerateConfig, SamplingConfig
 from steppe.models.decoding import Settings
 
 
@@ -38,16 +39,23 @@ def run(config: GenerateConfig) -> list[dict[str, Any]]:
 
     Raises:
       ValueError: no prompt or two kinds of them, an empty one, one that does not fit into the
-        model's context, a chat without a template, a model that writes no text.
+        model's context, a chat without a template, a model that writes no text, a setting out
+        of range, an ``out`` that cannot be written.
       FileNotFoundError: no such model or file.
     """
-    if bool(config.prompt) == bool(config.prompts):
-        given = "both --prompt and --prompts" if config.prompt else "no prompt"
+    single = config.prompt is not None
+    if single == bool(config.prompts):
+        given = "both --prompt and --prompts" if single else "no prompt"
         raise ValueError(f"{given}: give one of --prompt TEXT and --prompts FILE")
     found = read(config)
+    writing.check_settings(settings(config), config.stops, config.beams)
+    if config.out:
+        _check_out(config.out)
     opened = opening.open_writer(config.model, config.dtype)
     if config.chat and opened.kind != "decoder":
         raise ValueError(f"chat is for decoders; {config.model} is of kind {opened.kind}")
+    if config.chat:
+        template(config, opened.tokenizer)
     writer = writing.Writer(
         opened.model,
         opened.tokenizer,
@@ -59,7 +67,7 @@ def run(config: GenerateConfig) -> list[dict[str, Any]]:
     ids = [_encode(config, opened, writer, prompt) for prompt in found]
     writer.check(ids)
     begin = time.perf_counter()
-    if config.prompt:
+    if single:
         said = [writer.stream(opened.params, ids[0], _show)]
         print(flush=True)
         seconds = time.perf_counter() - begin
@@ -72,7 +80,7 @@ def run(config: GenerateConfig) -> list[dict[str, Any]]:
         said = writer.write(opened.params, ids)
     rows = [_record(prompt, text) for prompt, text in zip(found, said, strict=True)]
     if config.out:
-        outputs.write_predictions(Path(config.out), rows)
+        outputs.write_predictions(Path(config.out).expanduser(), rows)
         print(config.out)
     elif config.prompts:
         for row in rows:
@@ -96,6 +104,28 @@ def settings(config: SamplingConfig) -> Settings:
     )
 
 
+def template(config: GenerateConfig | ChatConfig, tokenizer: Tokenizer) -> str:
+    """The chat template to use.
+
+    Raises:
+      ValueError: none is given and the model has none, or what is given is no template.
+    """
+    if config.template is None and tokenizer.chat_template is None:
+        raise ValueError(
+            f"{config.model} has no chat template; choose one with --template chatml, or give "
+            "the Jinja source that the model was tuned with"
+        )
+    return chat.template_of(tokenizer, config.template)
+
+
+def _check_out(out: str) -> None:
+    file = Path(out).expanduser()
+    if file.is_dir():
+        raise ValueError(f"--out {out} is a folder; name a file, such as {file / 'texts.jsonl'}")
+    if not file.parent.is_dir():
+        raise ValueError(f"--out {out}: folder {file.parent} does not exist; make it first")
+
+
 def read(config: GenerateConfig) -> list[Prompt]:
     """The prompts of the command.
 
@@ -104,17 +134,17 @@ def read(config: GenerateConfig) -> list[Prompt]:
         column (the line is named).
       FileNotFoundError: no such file.
     """
-    if config.prompt:
+    if config.prompt is not None:
         if not config.prompt.strip():
             raise ValueError("--prompt is empty; give at least one word")
         return [Prompt("--prompt", config.prompt)]
     file = Path(config.prompts).expanduser()
     if not file.is_file():
         raise FileNotFoundError(f"prompts file {file} does not exist")
-    try:
-        lines = file.read_text("utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text ({error.reason})") from error
+    # str.splitlines would also split at separators that may stand inside a text.
+    lines = [line.rstrip("\r") for line in files.text(file).split("\n")]
+    if not lines[-1]:
+        lines.pop()
     rows = []
     for number, line in enumerate(lines, 1):
         where = f"{file.name} line {number}"
@@ -162,7 +192,10 @@ def _encode(
     ]
     if config.system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": config.system}, *messages]
-    return np.asarray(chat.encode_prompt(opened.tokenizer, messages, where=prompt.where), np.int32)
+    ids = chat.encode_prompt(
+        opened.tokenizer, messages, template=config.template, where=prompt.where
+    )
+    return np.asarray(ids, np.int32)
 
 
 def _record(prompt: Prompt, said: writing.Written) -> dict[str, Any]:

@@ -52,6 +52,24 @@ def _generator(decode: Decode, source: bool, limit: int | None) -> decoding.Gene
     return decoding.Generator(decode, source=source, limit=limit, sizes=sizes, rows=rows)
 
 
+def check_settings(settings: Settings, stop: Sequence[str] = (), beams: int = 1) -> None:
+    """Tells a bad value before anything is loaded or computed.
+
+    Raises:
+      ValueError: a setting out of range, an empty stop string, settings that beam search has
+        no use for.
+    """
+    settings.rows(1)
+    if not all(stop):
+        raise ValueError("stop must not be empty: every text ends before an empty string")
+    if beams < 1:
+        raise ValueError(f"beams must be >= 1, got {beams}")
+    if beams > 1 and float(np.max(settings.temperature)) > 0:
+        raise ValueError(f"beams={beams} searches, temperature samples: give one of the two")
+    if beams > 1 and stop:
+        raise ValueError("stop strings do not go with beams; give one of the two")
+
+
 class Writer:
     """A model that writes, with its tokenizer.
 
@@ -82,15 +100,7 @@ class Writer:
             has no use for.
         """
         made = Settings(max_new_tokens=settings) if isinstance(settings, int) else settings
-        made.rows(1)  # a bad value is told before anything is computed
-        if not all(stop):
-            raise ValueError("stop must not be empty: every text ends before an empty string")
-        if beams < 1:
-            raise ValueError(f"beams must be >= 1, got {beams}")
-        if beams > 1 and float(np.max(made.temperature)) > 0:
-            raise ValueError(f"beams={beams} searches, temperature samples: give one of the two")
-        if beams > 1 and stop:
-            raise ValueError("stop strings do not go with beams; give one of the two")
+        check_settings(made, stop, beams)
         if rows < 1:
             raise ValueError(f"rows must be >= 1, got {rows}")
         self.model, self.tokenizer, self.settings = model, tokenizer, made

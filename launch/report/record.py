@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ def record(run: RunFolder) -> str:
     blocks = []
     command = results.get("command")
     if isinstance(command, list):
-        command = " ".join(map(str, command))
+        command = shlex.join(map(str, command))
     if isinstance(command, str) and command:
         blocks.append(f'<div class="block"><h3>Command</h3><pre>{escape(command)}</pre></div>')
     table = _metrics(mapping(results.get("metrics")))

@@ -93,8 +93,13 @@ def test_floats_are_taken_only_when_asked_for():
         (b"", "0 bytes that cannot be decoded"),
         (Image.fromarray(noise(8, 8, 4)), r"mode 'RGBA' and size 8 x 8 is not .*convert\('RGB'\)"),
         (Image.new("I;16", (8, 8)), "mode 'I;16' .* scale its values to 0 to 255"),
-        ("cat.png", "must be a uint8 array, a PIL image or the bytes .* got str 'cat.png'"),
-        ([[1, 2], [3, 4]], "or the bytes of an image file, got list"),
+        ("cat.png", "got the text 'cat.png'; images come as pixels or as encoded bytes"),
+        (7, "must be a uint8 array, a PIL image or the bytes .* got int 7"),
+        ([[1, 2], [3]], "the lists of pixels have unequal lengths"),
+        ([[1, 2], [3, 256]], r"shape \[2, 2\] must be whole numbers 0 to 255, got"),
+        ([[0.5, 2], [3, 4]], "must be whole numbers 0 to 255"),
+        ([[True]], "must be whole numbers 0 to 255"),
+        ([1, 2], r"of shape \[2\] is no image; give \[H, W\]"),
     ],
 )
 def test_bad_images_name_the_row_and_the_cure(value, message):
@@ -205,3 +210,13 @@ def test_a_state_of_other_images_is_refused(many):
 def test_tasks_are_values():
     assert hash(TASK) == hash(ImageClassification(("cat", "dog"), size=8))
     assert tasks.ImageClassification is images.ImageClassification
+
+
+def test_pixels_as_nested_lists():
+    for pixels in (noise(8, 8), noise(8, 8, 3)):
+        records = [
+            {"id": str(i), "image": v, "label": "a"}
+            for i, v in enumerate((pixels, pixels.tolist()))
+        ]
+        made = ImageClassification(("a", "b"), size=8).encode(records).pixel_values
+        np.testing.assert_array_equal(made[0], made[1])

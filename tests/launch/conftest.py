@@ -71,7 +71,7 @@ def tiny(tmp_path_factory):
     plain = save(root / "plain", decoder)
     write_tokenizer(plain, template=False)
     depth = {"encoder_layers": 2, "decoder_layers": 1, "head_dim": 16, "positions": 64}
-    seq2seq = Seq2SeqConfig("t5", **size, **depth, drop=0.0, head=lm)
+    seq2seq = Seq2SeqConfig("t5", **size, **depth, scale=1.0, drop=0.0, head=lm)
     t5 = save(root / "t5", seq2seq)
     write_tokenizer(t5, template=False)
     vit = save(root / "vit", VisionConfig("vit", 8, 4, 16, 2, 2, 32))

@@ -381,3 +381,13 @@ def test_papers(capsys):
 def _longer_vocabulary(folder):
     file = folder / "vocab.txt"
     file.write_text(file.read_text() + "x\ny\n")
+
+
+def test_resuming_a_complete_run_leaves_its_results(world, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert cli.main(arguments(world, run)) == 0
+    before = (run / "results.json").read_text()
+    capsys.readouterr()
+    assert cli.main(arguments(world, run, "--resume")) == 0
+    assert (run / "results.json").read_text() == before
+    assert "nothing is left to do" in capsys.readouterr().err

@@ -103,13 +103,23 @@ def test_chat_prompts_go_through_the_template(tiny, opened, tmp_path):
         ("llama", [], "no prompt: give one of"),
         ("llama", ["--prompt=a", "--prompts=x.txt"], "both --prompt and --prompts"),
         ("llama", ["--prompt= "], "--prompt is empty"),
+        ("llama", ["--prompt="], "--prompt is empty"),
         ("llama", ["--prompts=none.txt"], "none.txt does not exist"),
         ("llama", ["--prompt=a", "--stop", ""], "stop must not be empty"),
         ("llama", ["--prompt=a", "--temperature=-1"], "temperature must be"),
         ("llama", ["--prompt=a", "--top-p=0"], "top_p must be in (0, 1]"),
         ("llama", ["--prompt=a", "--beams=2", "--temperature=1"], "give one of the two"),
         ("llama", ["--prompt=" + "a " * 60, "--max-new-tokens=8"], "the 64 positions of the model"),
-        ("plain", ["--prompt=a", "--chat"], "has no chat template"),
+        ("none", ["--prompt=a", "--top-p=0"], "top_p must be in (0, 1]"),
+        ("none", ["--prompt=a", "--max-new-tokens=0"], "max_new_tokens must be at least 1"),
+        ("none", ["--prompt=a", "--beams=65"], "error: beams must be 1 to 64, got 65"),
+        ("none", ["--prompt=a", "--batch-size=0"], "error: batch_size must be >= 1, got 0"),
+        ("none", ["--prompt=a", "--out=/"], "--out / is a folder"),
+        ("none", ["--prompt=a", "--out=/none/x"], "--out /none/x: folder /none does not exist"),
+        ("none", ["--prompt=a", "--dtype=f"], "error: invalid choice 'f' for argument '--dtype'"),
+        ("plain", ["--prompt=a", "--chat"], "has no chat template; choose one with --template ch"),
+        ("llama", ["--prompt=a", "--chat", "--template=x"], "neither Jinja source nor one of"),
+        ("llama", ["--prompt=a\udce9"], "--prompt: text 0 is not valid Unicode: 'a\\udce9'"),
         ("t5", ["--prompt=a", "--chat"], "chat is for decoders"),
         ("vit", ["--prompt=a"], "is of kind vision (vit) and writes no text; decoders"),
         ("none", ["--prompt=a"], "does not exist"),
@@ -138,6 +148,21 @@ def test_bad_prompt_files(tiny, tmp_path, capsys, name, content, message):
     assert message in capsys.readouterr().err
 
 
+def test_prompts_are_split_at_new_lines_only(tmp_path):
+    rows = ["a\u2028b", "c\u0085d", "e\x0cf"]
+    text = "".join(json.dumps({"prompt": r}, ensure_ascii=False) + "\r\n" for r in rows)
+    (tmp_path / "p.jsonl").write_bytes(text.encode())
+    (tmp_path / "p.txt").write_bytes("\n".join(rows).encode())
+    for name in ("p.jsonl", "p.txt"):
+        found = generate.read(config.GenerateConfig(prompts=str(tmp_path / name)))
+        assert [prompt.text for prompt in found] == rows
+
+
+def test_a_template_for_a_model_without_one(tiny, capsys):
+    given = ("--prompt=a", "--chat", "--template=chatml", "--max-new-tokens=2")
+    generated(capsys, tiny.plain, *given)
+
+
 def talk(tiny, lines, **settings):
     made = config.ChatConfig(model=str(tiny.llama), **{"max_new_tokens": 6, **settings})
     target = io.StringIO()
@@ -152,6 +177,12 @@ def test_a_chat_through_a_pipe(tiny):
     assert talk(tiny, "a b c\nd e\n").splitlines() == said
     alone = talk(tiny, "d e\n").splitlines()
     assert talk(tiny, "a b c\n/reset\nd e\n").splitlines()[-1] == alone[0]
+
+
+def test_a_chat_survives_what_is_no_unicode(tiny):
+    said = talk(tiny, "a\udce9\na b c\n").splitlines()
+    assert said[0].startswith("(text 0 is not valid Unicode")
+    assert said[1:] == talk(tiny, "a b c\n").splitlines()
 
 
 def test_commands_of_a_chat(tiny):
