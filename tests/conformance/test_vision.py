@@ -103,12 +103,7 @@ def test_it_learns_in_one_compile(name, reference):
 @pytest.mark.parametrize(
     "axes", [{"data": 8}, {"fsdp": 4, "model": 2}, {"data": 2, "fsdp": 2, "model": 2}]
 )
-def test_eight_devices_are_one(name, params, batch, reference, axes, request):
-    if name == "vit" and len(axes) == 3:
-        # Seen once on jaxlib 0.10.2: the loss differs by 2e-4 in the first step. Not understood
-        # yet; the other meshes, and DINOv2 on this one, agree to 1e-5.
-        why = "ViT on a data x fsdp x model mesh differs from one device by 2e-4"
-        request.applymarker(pytest.mark.xfail(reason=why, strict=False))
+def test_eight_devices_are_one(name, params, batch, reference, axes):
     state, losses, compiles = train(name, params, batch, axes=axes)
     np.testing.assert_allclose(losses, reference(name)[1], atol=1e-5)
     # Adam divides by the root of a squared gradient: 1e-7 beside 0 may become 1e-3.
