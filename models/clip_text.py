@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from steppe.models import vision
 from steppe.models.attention import Implementation, attention_mask, causal_mask
+from steppe.models.dropout import stream_key
 from steppe.models.heads import HeadConfig
 from steppe.models.layers import (
     Attention,
@@ -30,7 +31,15 @@ from steppe.models.layers import (
 )
 from steppe.models.model import Batch, Inputs, Masks, Model, ModelOut, Parts, Rules
 from steppe.models.prenorm import LayerNormBlock
-from steppe.models.sites import LAYER_SITES, OUTER_SITES, Hooks, Site, SiteContext, check_sites
+from steppe.models.sites import (
+    LAYER_SITES,
+    OUTER_SITES,
+    Hooks,
+    Site,
+    SiteContext,
+    check_sites,
+    outer_hooks,
+)
 from steppe.models.stack import REMAT, init_stack, run_stack
 from steppe.models.tree import Params
 
@@ -233,7 +242,7 @@ class TextTower:
             return x._replace(hidden=x.hidden + run(self.position, p["position"], where))
 
         inputs = Inputs(words, batch.get("position_ids"), None, batch.get("attention_mask"))
-        return self._outer(sites, inputs.mask, rng, train)("embed", inputs, base)
+        return outer_hooks(sites, inputs.mask, rng, train)("embed", inputs, base)
 
     def layers(
         self,
@@ -249,6 +258,7 @@ class TextTower:
         all_hidden: bool = False,
     ) -> jax.Array:
         c = self.config
+        key = stream_key(rng, train, 1, (c.drop, c.attn_drop))
         mask = causal_mask(inputs.hidden.shape[1])
         visible = attention_mask(inputs.mask)
         if visible is not None:
@@ -266,7 +276,7 @@ class TextTower:
             stop=stop,
             sites=sites,
             masks=masks,
-            context=SiteContext(rng=self._key(rng, train), train=train, mask=inputs.mask),
+            context=SiteContext(rng=key, train=train, mask=inputs.mask),
             remat=c.remat,
             unroll=c.unroll,
             all_hidden=all_hidden,
@@ -308,24 +318,7 @@ class TextTower:
         def base(x: jax.Array) -> jax.Array:
             return run(self.project, params["projection"], x)
 
-        return self._outer(sites, inputs.mask, rng, train)("logits", read, base)
-
-    def _key(self, rng: jax.Array | None, train: bool) -> jax.Array | None:
-        if not train:
-            return None
-        if rng is None and (self.config.drop or self.config.attn_drop):
-            raise ValueError("train=True with dropout needs rng; pass a key, or set drop=0")
-        return rng
-
-    def _outer(
-        self,
-        sites: Mapping[str, Site] | None,
-        mask: jax.Array | None,
-        rng: jax.Array | None,
-        train: bool,
-    ) -> Hooks:
-        deltas = {n: s.delta for n, s in (sites or {}).items() if n in OUTER_SITES}
-        return Hooks(sites, deltas, SiteContext(rng=rng, train=train, mask=mask))
+        return outer_hooks(sites, inputs.mask, rng, train)("logits", read, base)
 
 
 def ending(hidden: jax.Array, ids: jax.Array, end_id: int) -> jax.Array:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from steppe.models import decoder_decode
 from steppe.models.attention import attention_mask
 from steppe.models.decoder_block import DecoderBlock, View, norm
-from steppe.models.dropout import dropout
+from steppe.models.dropout import dropout, stream_key
 from steppe.models.layers import Dense, Embedding, run
 from steppe.models.model import Batch, Decode, Inputs, Masks, Model, ModelOut, Parts
 from steppe.models.sites import (
@@ -22,6 +22,7 @@ from steppe.models.sites import (
     Site,
     SiteContext,
     check_sites,
+    outer_hooks,
 )
 from steppe.models.stack import init_stack, run_stack
 from steppe.models.tree import Params
@@ -171,7 +172,7 @@ class Network:
             return x._replace(hidden=dropout(y, c.drop, key))
 
         inputs = Inputs(words, positions, segments, mask)
-        hooks = self._outer(sites, mask, rng, train, step)
+        hooks = outer_hooks(sites, mask, rng, train, step)
         return _settled(hooks("embed", inputs, base))
 
     def views(
@@ -292,30 +293,13 @@ class Network:
                 y = jnp.tanh(y / c.softcap) * c.softcap
             return y
 
-        return self._outer(sites, inputs.mask, rng, train, step)("logits", hidden, base)
+        return outer_hooks(sites, inputs.mask, rng, train, step)("logits", hidden, base)
 
     def _key(self, rng: jax.Array | None, train: bool, stream: int) -> jax.Array | None:
         c = self.config
-        if not train:
-            return None
         pooled = c.head is not None and c.head.kind != "lm"
-        if rng is None:
-            rates = (c.drop, c.attn_drop, c.head.drop if c.head is not None and pooled else 0.0)
-            if any(rates):
-                raise ValueError("train=True with dropout needs rng; pass a key, or set drop=0")
-            return None
-        return jax.random.fold_in(rng, stream)
-
-    def _outer(
-        self,
-        sites: Mapping[str, Site] | None,
-        mask: jax.Array | None,
-        rng: jax.Array | None,
-        train: bool,
-        step: bool = False,
-    ) -> Hooks:
-        deltas = {n: s.delta for n, s in (sites or {}).items() if n in OUTER_SITES}
-        return Hooks(sites, deltas, SiteContext(rng=rng, train=train, mask=mask, step=step))
+        rates = (c.drop, c.attn_drop, c.head.drop if c.head is not None and pooled else 0.0)
+        return stream_key(rng, train, stream, rates)
 
 
 def choose(wide: View, narrow: View | None, local: Any) -> View:

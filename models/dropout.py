@@ -1,6 +1,8 @@
-"""Dropout on 16 random bits an entry."""
+"""Dropout on 16 random bits an entry, and the keys that it draws from."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -29,3 +31,24 @@ def dropout(
     bits = jax.random.bits(rng, whole or x.shape, jnp.uint16)
     keep = bits[tuple(slice(0, n) for n in x.shape)] >= cut
     return jnp.where(keep, x / (1.0 - cut / 2**16), jnp.zeros((), x.dtype))
+
+
+def stream_key(
+    rng: jax.Array | None, train: bool, stream: int, rates: Sequence[float]
+) -> jax.Array | None:
+    """The key of one stage of a forward pass; None where nothing is random.
+
+    Args:
+      stream: number of the stage: each has its own random numbers.
+      rates: dropout rates of the network.
+
+    Raises:
+      ValueError: in training, a rate is not 0 and there is no key.
+    """
+    if not train:
+        return None
+    if rng is None:
+        if any(rates):
+            raise ValueError("train=True with dropout needs rng; pass a key, or set drop=0")
+        return None
+    return jax.random.fold_in(rng, stream)

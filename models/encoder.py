@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from steppe.models.attention import Implementation, attention_mask
-from steppe.models.dropout import dropout
+from steppe.models.dropout import dropout, stream_key
 from steppe.models.heads import POOLED, Head, HeadConfig
 from steppe.models.layers import (
     Attention,
@@ -38,7 +38,15 @@ from steppe.models.layers import (
     run,
 )
 from steppe.models.model import Batch, Inputs, Masks, Model, ModelOut, Parts, Rules
-from steppe.models.sites import LAYER_SITES, OUTER_SITES, Hooks, Site, SiteContext, check_sites
+from steppe.models.sites import (
+    LAYER_SITES,
+    OUTER_SITES,
+    Hooks,
+    Site,
+    SiteContext,
+    check_sites,
+    outer_hooks,
+)
 from steppe.models.stack import REMAT, init_stack, run_stack
 from steppe.models.tree import Params
 
@@ -275,7 +283,7 @@ class _Encoder:
             return x._replace(hidden=dropout(y, c.drop, key))
 
         inputs = Inputs(words, positions, batch.get("token_type_ids"), batch.get("attention_mask"))
-        return self._outer(sites, inputs.mask, rng, train)("embed", inputs, base)
+        return outer_hooks(sites, inputs.mask, rng, train)("embed", inputs, base)
 
     def layers(
         self,
@@ -341,7 +349,7 @@ class _Encoder:
         def base(x: jax.Array) -> jax.Array:
             return run(net, params["head"], x, table=table, rng=key)
 
-        return self._outer(sites, inputs.mask, rng, train)("logits", hidden, base)
+        return outer_hooks(sites, inputs.mask, rng, train)("logits", hidden, base)
 
     def _reads_first_token(self, sites: Mapping[str, Site] | None) -> bool:
         """Whether the head reads one token and no site needs to see the others in a layer."""
@@ -365,24 +373,8 @@ class _Encoder:
 
     def _key(self, rng: jax.Array | None, train: bool, stream: int) -> jax.Array | None:
         c = self.config
-        if not train:
-            return None
-        if rng is None:
-            rates = (c.drop, c.attn_drop, c.head.drop if c.head else 0.0)
-            if any(rates):
-                raise ValueError("train=True with dropout needs rng; pass a key, or set drop=0")
-            return None
-        return jax.random.fold_in(rng, stream)
-
-    def _outer(
-        self,
-        sites: Mapping[str, Site] | None,
-        mask: jax.Array | None,
-        rng: jax.Array | None,
-        train: bool,
-    ) -> Hooks:
-        deltas = {n: s.delta for n, s in (sites or {}).items() if n in OUTER_SITES}
-        return Hooks(sites, deltas, SiteContext(rng=rng, train=train, mask=mask))
+        rates = (c.drop, c.attn_drop, c.head.drop if c.head else 0.0)
+        return stream_key(rng, train, stream, rates)
 
 
 def _check_inputs(batch: Batch, shape: tuple[int, ...]) -> None:

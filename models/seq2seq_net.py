@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from steppe.models.attention import attention_mask
-from steppe.models.dropout import dropout
+from steppe.models.dropout import dropout, stream_key
 from steppe.models.layers import Embedding, run
 from steppe.models.model import Batch, Inputs, Masks, ModelOut
 from steppe.models.relative import relative_bias
@@ -398,13 +398,7 @@ class Network:
     def key(self, rng: jax.Array | None, train: bool, stream: int) -> jax.Array | None:
         """The key of one stage of a forward pass; None where nothing is random."""
         c = self.config
-        if not train:
-            return None
-        if rng is None:
-            if any((c.drop, c.attn_drop, c.ffn_drop)):
-                raise ValueError("train=True with dropout needs rng; pass a key, or set drop=0")
-            return None
-        return jax.random.fold_in(rng, stream)
+        return stream_key(rng, train, stream, (c.drop, c.attn_drop, c.ffn_drop))
 
     def _relative(self, part: str) -> bool:
         recurrent = part == DECODER and self.config.cell == "ssru"

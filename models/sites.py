@@ -191,6 +191,18 @@ class Hooks:
         return fn(self._deltas[name], x, base, ctx._replace(**context))
 
 
+def outer_hooks(
+    sites: Mapping[str, Site] | None,
+    mask: jax.Array | None,
+    rng: jax.Array | None,
+    train: bool,
+    step: bool = False,
+) -> Hooks:
+    """The hooks of the sites that stand outside the layers (``OUTER_SITES``)."""
+    deltas = {n: s.delta for n, s in (sites or {}).items() if n in OUTER_SITES}
+    return Hooks(sites, deltas, SiteContext(rng=rng, train=train, mask=mask, step=step))
+
+
 def _stream(name: str) -> int:
     if name in CROSS_SITES + SSRU_SITES:
         return 1100 + (CROSS_SITES + SSRU_SITES).index(name)

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from steppe.models.attention import Implementation, attention_mask
-from steppe.models.dropout import dropout
+from steppe.models.dropout import dropout, stream_key
 from steppe.models.heads import POOLED, Head, HeadConfig
 from steppe.models.layers import Attention, Dense, FeedForward, LayerNorm, activation, run
 from steppe.models.model import Batch, Inputs, Masks, Model, ModelOut, Parts, Rules
@@ -42,6 +42,7 @@ from steppe.models.sites import (
     Site,
     SiteContext,
     check_sites,
+    outer_hooks,
 )
 from steppe.models.stack import REMAT, init_stack, run_stack
 from steppe.models.tree import Params
@@ -366,7 +367,7 @@ class VisionTower:
             return x._replace(hidden=y)
 
         inputs = Inputs(tokens, None, None, mask)
-        return self._outer(sites, inputs.mask, rng, train)("embed", inputs, base)
+        return outer_hooks(sites, inputs.mask, rng, train)("embed", inputs, base)
 
     def layers(
         self,
@@ -446,7 +447,7 @@ class VisionTower:
         read = hidden[:, 0]
         if c.reads == "class+mean":
             read = jnp.concatenate([read, hidden[:, 1 + c.registers :].mean(1)], axis=-1)
-        return self._outer(sites, inputs.mask, rng, train)("logits", read, base)
+        return outer_hooks(sites, inputs.mask, rng, train)("logits", read, base)
 
     def _masked(self, p: Params, tokens: jax.Array, masked: jax.Array | None) -> jax.Array:
         if masked is None:
@@ -469,23 +470,8 @@ class VisionTower:
 
     def _key(self, rng: jax.Array | None, train: bool, stream: int) -> jax.Array | None:
         c = self.config
-        if not train:
-            return None
-        if rng is None:
-            if any((c.drop, c.attn_drop, c.drop_path, c.head.drop if c.head else 0.0)):
-                raise ValueError("train=True with dropout needs rng; pass a key, or set drop=0")
-            return None
-        return jax.random.fold_in(rng, stream)
-
-    def _outer(
-        self,
-        sites: Mapping[str, Site] | None,
-        mask: jax.Array | None,
-        rng: jax.Array | None,
-        train: bool,
-    ) -> Hooks:
-        deltas = {n: s.delta for n, s in (sites or {}).items() if n in OUTER_SITES}
-        return Hooks(sites, deltas, SiteContext(rng=rng, train=train, mask=mask))
+        rates = (c.drop, c.attn_drop, c.drop_path, c.head.drop if c.head else 0.0)
+        return stream_key(rng, train, stream, rates)
 
 
 def pooled(model: Model, params: Params, hidden: jax.Array) -> jax.Array:
