@@ -1,7 +1,23 @@
 """Optimisers: gradients -> updates, as optax transforms only."""
 
 from steppe.optim.basic import adamw, schedule
+from steppe.optim.esam import esam
+from steppe.optim.flooding import flooding
 from steppe.optim.fsam import fsam
-from steppe.optim.sam import asam, gsam, looksam, rho_like, sam
+from steppe.optim.looksam import looksam
+from steppe.optim.sam import asam, gsam, rho_like, sam
+from steppe.optim.selective import selective_gradient
 
-__all__ = ["adamw", "asam", "fsam", "gsam", "looksam", "rho_like", "sam", "schedule"]
+__all__ = [
+    "adamw",
+    "asam",
+    "esam",
+    "flooding",
+    "fsam",
+    "gsam",
+    "looksam",
+    "rho_like",
+    "sam",
+    "schedule",
+    "selective_gradient",
+]

@@ -12,7 +12,8 @@ Zhong, Ding, Shen, Mi, Liu, Du, Tao, Findings of EMNLP 2022, arXiv 2210.05497.
 Deviations: the published code leaves biases and embeddings out of the mask and gives them the
 whole perturbation (``exclude=..., excluded_mode="full"``), and perturbs with zeros in the steps
 that refresh the mask (``plain_refresh=True``); the paper, which is followed by default, does
-neither. Entries that tie at the threshold are all perturbed.
+neither. Entries that tie at the threshold are all perturbed. With a first gradient that is cut
+(``steppe.train.ascent``) the share is that of the part above the cut, and so is the norm.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ import jax.numpy as jnp
 import optax
 
 from steppe.optim import fisher as fisher_
+from steppe.optim import structure as structure_
 from steppe.optim.perturbation import Perturbation, displace, global_norm, l2
 from steppe.optim.sam import (
+    First,
     Radius,
     at_radius,
     check_base,
@@ -36,8 +39,10 @@ from steppe.optim.sam import (
     two_gradients,
 )
 
-# "element", "tensor" (whole tensors, one a layer), or (N, M): N of every M neighbours.
-Structure: TypeAlias = str | tuple[int, int]
+# "element", "tensor" (whole tensors, one a layer), "layer", ("head", heads) or ("head", heads,
+# kv_heads), or (N, M): N of every M neighbours.
+Structure: TypeAlias = str | tuple[str, int] | tuple[str, int, int] | tuple[int, int]
+WHOLE = ("element", "tensor", "layer")
 
 
 class FsamState(NamedTuple):
@@ -80,8 +85,10 @@ def fsam(
       fisher: "batch" = square of the gradient at hand, at no cost; "per_sample" = mean of the
         squared gradients of the batch's examples, from ``fisher_fn(params)``, which
         ``train.step.make`` passes to ``update``.
-      structure: "element"; "tensor" = whole tensors, by the mean of their scores; (N, M) = the N
-        largest of every M neighbours, where keep_ratio is N / M whatever it is set to.
+      structure: "element"; "tensor" = whole tensors, by the mean of their scores; "layer" =
+        whole layers; ("head", heads) or ("head", heads, kv_heads) = whole attention heads and
+        other tensors, see ``optim.structure``; (N, M) = the N largest of every M neighbours,
+        where keep_ratio is N / M whatever it is set to.
       exclude: regular expressions on paths of leaves that are no candidates.
       excluded_mode: "zero" = those are not perturbed, "full" = they are, wholly.
       perturbation: of all entries before masking; default SAM's, see ``perturbation``.
@@ -96,7 +103,7 @@ def fsam(
     check_radius(rho)
     base = check_base(base)
     perturb = perturbation or l2()
-    whole = structure in ("element", "tensor")
+    whole = structure in WHOLE or structure[0] == "head"
     exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     if whole and keep_ratio == 1 and not exclude and not plain_refresh:
         return two_gradients(base, rho, perturb, lambda g, sharp: sharp)
@@ -104,13 +111,24 @@ def fsam(
         rho
     )
 
-    def make_mask(scores: Any) -> Any:
+    def make_mask(scores: Any, live: Any) -> Any:
         chosen = fisher_.candidates(scores, exclude)
         excluded = excluded_mode == "full"
+        ratio = keep_ratio
+        if live is not None:
+            ratio = _share(keep_ratio, scores, chosen, live, entries=structure == "element")
+            scores = jax.tree.map(lambda s, on: jnp.where(on, s, 0.0), scores, live)
         if structure == "element":
-            return fisher_.elementwise(scores, keep_ratio, chosen, excluded)
+            return fisher_.elementwise(scores, ratio, chosen, excluded)
         if structure == "tensor":
-            return fisher_.tensorwise(scores, keep_ratio, chosen, excluded)
+            return fisher_.tensorwise(scores, ratio, chosen, excluded)
+        if structure == "layer":
+            return structure_.layerwise(scores, ratio, chosen, excluded)
+        if structure[0] == "head":
+            heads, *kv = (int(n) for n in structure[1:])
+            return structure_.headwise(
+                scores, ratio, heads, chosen, excluded, kv_heads=kv[0] if kv else None
+            )
         return fisher_.n_of_m(scores, int(structure[0]), int(structure[1]), chosen, excluded)
 
     def init(params: Any) -> FsamState:
@@ -125,9 +143,10 @@ def fsam(
         *,
         grad_fn: Any = None,
         fisher_fn: Any = None,
+        ascent: Any = None,
         **extra: Any,
     ) -> tuple[Any, FsamState]:
-        grad_fn = require(grad_fn, params)
+        first = First.of(grads, require(grad_fn, params), params, ascent)
         if off:
             updates, inner = base.update(grads, state.base, params, grad_fn=grad_fn, **extra)
             return updates, state._replace(steps=optax.safe_increment(state.steps), base=inner)
@@ -140,29 +159,30 @@ def fsam(
         due = (state.age < 0) | (state.age >= refresh_every)
 
         def refresh(_: None) -> tuple[Any, jax.Array]:
-            scores = fisher_.square(grads) if fisher == "batch" else fisher_fn(params)
+            own = fisher == "batch"
+            scores = fisher_.square(first.direction) if own else fisher_fn(params)
             # A gradient that is not a number says nothing: keep the mask, try again next time.
             good = jnp.isfinite(global_norm(scores))
-            made = make_mask(scores)
+            made = make_mask(scores, first.live)
             mask = jax.tree.map(lambda new, old: jnp.where(good, new, old), made, state.mask)
             return mask, jnp.where(good, 0, state.age)
 
         mask, age = jax.lax.cond(due, refresh, lambda _: (state.mask, state.age), None)
 
         def climb(radius: Any) -> Any:
-            full = perturb(grads, params, radius)
+            full = perturb(first.direction, params, radius)
             step = jax.tree.map(lambda e, m: jnp.where(m, e, 0.0), full, mask)
-            return grad_fn(displace(params, step))
+            return first.grad_fn(displace(params, step))
 
         if plain_refresh:
             final = jax.lax.cond(
                 due,
-                lambda _: grads,
-                lambda _: at_radius(climb, lambda: grads, rho, state.steps),
+                lambda _: first.plain(),
+                lambda _: at_radius(climb, first.plain, rho, state.steps),
                 None,
             )
         else:
-            final = at_radius(climb, lambda: grads, rho, state.steps)
+            final = at_radius(climb, first.plain, rho, state.steps)
         updates, inner = base.update(final, state.base, params, grad_fn=grad_fn, **extra)
         age = jnp.where(age < 0, age, age + 1)
         return updates, FsamState(optax.safe_increment(state.steps), inner, mask, age)
@@ -183,13 +203,31 @@ def _check(
         raise ValueError(f"fisher must be 'batch' or 'per_sample', got {fisher!r}")
     if excluded_mode not in ("zero", "full"):
         raise ValueError(f"excluded_mode must be 'zero' or 'full', got {excluded_mode!r}")
-    if structure in ("element", "tensor"):
+    if structure in WHOLE:
         return
-    pair = structure if isinstance(structure, tuple) and len(structure) == 2 else (0, 0)
-    if not 0 < pair[0] <= pair[1] or any(int(n) != n for n in pair):
-        raise ValueError(
-            f"structure must be 'element', 'tensor' or (N, M) with 0 < N <= M, got {structure!r}"
-        )
+    parts: tuple[Any, ...] = structure if isinstance(structure, tuple) else ()
+    heads = len(parts) in (2, 3) and parts[0] == "head"
+    numbers = parts[1:] if heads else parts
+    whole = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in numbers)
+    if whole and (heads or (len(numbers) == 2 and numbers[0] <= numbers[1])):
+        return
+    raise ValueError(
+        "structure must be 'element', 'tensor', 'layer', ('head', heads), ('head', heads, "
+        f"kv_heads) or (N, M) with 0 < N <= M, got {structure!r}"
+    )
+
+
+def _share(keep_ratio: float, scores: Any, chosen: Any, live: Any, *, entries: bool) -> float:
+    """The share of all candidates that is ``keep_ratio`` of those that may be perturbed."""
+    total = there = 0
+    for leaf, flag, on in zip(*map(jax.tree.leaves, (scores, chosen, live)), strict=True):
+        if flag:
+            total += leaf.size
+            there += int(on.sum()) * (leaf.size // on.size)
+    if not entries:
+        return keep_ratio * there / total
+    # The half keeps int(share * total) from losing one to rounding.
+    return min(1.0, (fisher_.keep_count(keep_ratio, there) + 0.5) / total)
 
 
 def _check_mask(mask: Any, params: Any) -> None:

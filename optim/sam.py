@@ -2,15 +2,29 @@
 
   SAM      g = dL(w);  e = rho g / |g|;  g_s = dL(w + e);  the base optimiser gets g_s at w
   GSAM     g_s - alpha * (g - <g, g_s> g_s / |g_s|^2)
-  LookSAM  every k-th step SAM, and g_v = g_s - <g_s, g> g / |g|^2 is kept;
-           in between g + alpha * |g| / |g_v| * g_v, which costs no second gradient
+  m-SAM    g_s = sum_i W_i / W dL_i(w + e_i),  e_i = rho g_i / |g_i| of each group i of rows
 
 e is a constant: nothing is differentiated through it. Both gradients see the same batch and
 the same dropout, because ``grad_fn`` is closed over them (see ``steppe.train.step``); with
-micro-batches and on a mesh both are those of the whole batch.
+micro-batches and on a mesh both are those of the whole batch. ``ascent="device"`` or a group
+size gives m-sharpness, where only the sum is exchanged (see ``steppe.train.groups``).
+
+A step may hand over a cheaper first gradient (``update``'s ``ascent``, see
+``steppe.train.ascent``): it then takes the place of g everywhere above, and where a scheduled
+rho is 0 the gradient of the whole batch is computed in that branch only.
+
+Accumulation: ``train.step.make(microbatches=k)`` is exact. Outside of it, where k batches come
+one after another, ``sam(optax.MultiSteps(base, k))`` is right: each batch climbs by its own
+gradient (m-sharpness), and the base sees the mean of the k second gradients. The reverse,
+``optax.MultiSteps(sam(base), k)``, calls SAM at each of the k batches, throws k - 1 results away,
+and at the k-th climbs by the mean gradient but takes the second one on that batch alone, unless
+``grad_fn`` covers all k: ``step.make`` refuses it.
 
 Foret et al., ICLR 2021 (arXiv 2010.01412); Kwon et al., ICML 2021 (2102.11600); Zhuang et
-al., ICLR 2022 (GSAM, 2203.08065); Liu et al., CVPR 2022 (LookSAM, 2203.02714).
+al., ICLR 2022 (GSAM, 2203.08065).
+
+Deviations: google-research/sam climbs per device unless told to synchronise; the default here
+is the whole batch on any number of devices.
 """
 
 from __future__ import annotations
@@ -23,11 +37,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from steppe.optim.perturbation import Perturbation, adaptive, displace, global_norm, l2
+from steppe.optim.perturbation import Perturbation, adaptive, displace, l2
 
 GradFn: TypeAlias = Callable[[Any], Any]
 # A number, a schedule (step -> number), or an array that ``inject_hyperparams`` fills in.
 Radius: TypeAlias = Any
+
+
+# "global", "device", or the rows of a group.
+Ascent: TypeAlias = str | int
 
 
 class SamState(NamedTuple):
@@ -42,24 +60,12 @@ class SamState(NamedTuple):
     base: optax.OptState
 
 
-class LookSamState(NamedTuple):
-    """State of :func:`looksam`.
-
-    Attributes:
-      steps, base: as in :class:`SamState`.
-      direction: g_v of the last SAM step, float32; zeros before the first.
-    """
-
-    steps: jax.Array
-    base: optax.OptState
-    direction: Any
-
-
 def sam(
     base: optax.GradientTransformation,
     rho: Radius = 0.05,
     *,
     perturbation: Perturbation | None = None,
+    ascent: Ascent = "global",
 ) -> optax.GradientTransformationExtraArgs:
     """SAM around any optax optimiser.
 
@@ -67,12 +73,17 @@ def sam(
       base: what turns the second gradient into an update.
       rho: radius of the ball, >= 0; 0 is the base optimiser, without a second gradient.
       perturbation: ``(g, w, rho) -> e``; default :func:`steppe.optim.perturbation.l2`.
+      ascent: whose gradient is climbed by: "global" = the whole batch's, "device" = that of the
+        rows on each device (without a mesh that is the whole batch), or a number of rows: that
+        of each group of so many consecutive rows. The last two need ``group_fn``, which
+        ``train.step.make`` passes to ``update``.
 
     Raises:
-      ValueError: a negative or NaN rho; from ``update``, no ``grad_fn``.
+      ValueError: a negative or NaN rho, another ascent; from ``update``, no ``grad_fn``, no
+        ``group_fn``, or groups that do not divide the rows.
       TypeError: base is not an optax transform.
     """
-    return two_gradients(base, rho, perturbation or l2(), lambda g, sharp: sharp)
+    return two_gradients(base, rho, perturbation or l2(), lambda g, sharp: sharp, ascent)
 
 
 def asam(
@@ -81,11 +92,12 @@ def asam(
     *,
     eta: float = 0.01,
     scaled: Literal["matrices", "all"] = "matrices",
+    ascent: Ascent = "global",
 ) -> optax.GradientTransformationExtraArgs:
     """Adaptive SAM: the ball scales with the parameters, so rho is about ten times SAM's.
 
     Args:
-      base, rho: see :func:`sam`.
+      base, rho, ascent: see :func:`sam`.
       eta, scaled: see :func:`steppe.optim.perturbation.adaptive`; ``eta=0, scaled="all"`` is
         the form of the usual PyTorch port.
 
@@ -93,11 +105,15 @@ def asam(
       ValueError: rho or eta is negative or NaN.
       TypeError: base is not an optax transform.
     """
-    return sam(base, rho, perturbation=adaptive(eta=eta, scaled=scaled))
+    return sam(base, rho, perturbation=adaptive(eta=eta, scaled=scaled), ascent=ascent)
 
 
 def gsam(
-    base: optax.GradientTransformation, rho: Radius = 0.05, *, alpha: float = 0.4
+    base: optax.GradientTransformation,
+    rho: Radius = 0.05,
+    *,
+    alpha: float = 0.4,
+    ascent: Ascent = "global",
 ) -> optax.GradientTransformationExtraArgs:
     """Gap-guided SAM: the sharp gradient less alpha times the part of g orthogonal to it.
 
@@ -105,18 +121,19 @@ def gsam(
       base, rho: see :func:`sam`; the paper lets rho follow the learning rate, see
         :func:`rho_like`.
       alpha: weight of the gap; 0 is SAM.
+      ascent: see :func:`sam`; the gap is between the gradients of the whole batch.
 
     Raises:
-      ValueError: rho is negative or NaN, alpha is not finite.
+      ValueError: rho is negative or NaN, alpha is not finite, another ascent.
       TypeError: base is not an optax transform.
     """
-    _check_finite(alpha, "alpha")
+    check_finite(alpha, "alpha")
 
     def combine(g: Any, sharp: Any) -> Any:
-        share = _safe_divide(_dot(g, sharp), _dot(sharp, sharp))
+        share = safe_divide(dot(g, sharp), dot(sharp, sharp))
         return jax.tree.map(lambda g, s: (s - alpha * (g - share * s)).astype(s.dtype), g, sharp)
 
-    return two_gradients(base, rho, l2(), combine)
+    return two_gradients(base, rho, l2(), combine, ascent)
 
 
 def rho_like(
@@ -144,103 +161,94 @@ def rho_like(
     return lambda step: rho_min + slope * (learning_rate(step) - lowest)
 
 
-def looksam(
-    base: optax.GradientTransformation, rho: Radius = 0.05, *, every: int = 5, alpha: float = 0.7
-) -> optax.GradientTransformationExtraArgs:
-    """LookSAM: a second gradient only in every k-th step, its direction is used again between.
-
-    Args:
-      base, rho: see :func:`sam`.
-      every: k; 1 is SAM.
-      alpha: weight of the kept direction.
-
-    Raises:
-      ValueError: every < 1, alpha is not finite, rho is negative or NaN.
-      TypeError: base is not an optax transform.
-    """
-    if every < 1 or int(every) != every:
-        raise ValueError(f"every must be a whole number >= 1, got {every}")
-    _check_finite(alpha, "alpha")
-    base = check_base(base)
-    check_radius(rho)
-    perturb = l2()
-
-    def init(params: Any) -> LookSamState:
-        zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), params)
-        return LookSamState(jnp.zeros((), jnp.int32), base.init(params), zeros)
-
-    def update(
-        grads: Any, state: LookSamState, params: Any = None, *, grad_fn: Any = None, **extra: Any
-    ) -> tuple[Any, LookSamState]:
-        grad_fn = require(grad_fn, params)
-        radius = radius_at(rho, state.steps)
-
-        def look(_: None) -> tuple[Any, Any]:
-            sharp = grad_fn(displace(params, perturb(grads, params, radius)))
-            share = _safe_divide(_dot(sharp, grads), _dot(grads, grads))
-            kept = jax.tree.map(
-                lambda s, g: s.astype(jnp.float32) - share * g.astype(jnp.float32), sharp, grads
-            )
-            # A step that went wrong must not live on in the steps that follow.
-            good = jnp.isfinite(global_norm(kept))
-            kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), kept, state.direction)
-            return sharp, kept
-
-        def reuse(_: None) -> tuple[Any, Any]:
-            scale = alpha * _safe_divide(global_norm(grads), global_norm(state.direction))
-            used = jax.tree.map(
-                lambda g, v: (g.astype(jnp.float32) + scale * v).astype(g.dtype),
-                grads,
-                state.direction,
-            )
-            return used, state.direction
-
-        if static_zero(rho):
-            final, kept = grads, state.direction
-        elif every == 1:
-            final, kept = look(None)
-        else:
-            final, kept = jax.lax.cond(state.steps % every == 0, look, reuse, None)
-        updates, inner = base.update(final, state.base, params, grad_fn=grad_fn, **extra)
-        return updates, LookSamState(optax.safe_increment(state.steps), inner, kept)
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
 def two_gradients(
     base: optax.GradientTransformation,
     rho: Radius,
     perturbation: Perturbation,
     combine: Callable[[Any, Any], Any],
+    groups: Ascent = "global",
 ) -> optax.GradientTransformationExtraArgs:
     """The frame of SAM and its kin: ``base`` gets ``combine(g, dL(w + e))``.
 
     Args:
       base, rho, perturbation: see :func:`sam`.
       combine: ``(g, sharp) -> gradient`` for the base optimiser.
+      groups: ``ascent`` of :func:`sam`.
 
     Raises:
       ValueError, TypeError: as :func:`sam`.
     """
     base = check_base(base)
     check_radius(rho)
+    check_ascent(groups)
 
     def init(params: Any) -> SamState:
         return SamState(jnp.zeros((), jnp.int32), base.init(params))
 
     def update(
-        grads: Any, state: SamState, params: Any = None, *, grad_fn: Any = None, **extra: Any
+        grads: Any,
+        state: SamState,
+        params: Any = None,
+        *,
+        grad_fn: Any = None,
+        group_fn: Any = None,
+        ascent: Any = None,
+        **extra: Any,
     ) -> tuple[Any, SamState]:
-        grad_fn = require(grad_fn, params)
+        first = First.of(grads, require(grad_fn, params), params, ascent)
+        if groups != "global" and not static_zero(rho):
+            require_groups(group_fn, groups, ascent)
 
         def climb(radius: Any) -> Any:
-            return combine(grads, grad_fn(displace(params, perturbation(grads, params, radius))))
+            def displaced(w: Any, g: Any) -> Any:
+                return displace(w, perturbation(g, w, radius))
 
-        final = at_radius(climb, lambda: grads, rho, state.steps)
-        updates, inner = base.update(final, state.base, params, grad_fn=grad_fn, **extra)
+            if groups != "global":
+                return combine(grads, group_fn(params, displaced, groups))
+            return combine(first.direction, first.grad_fn(displaced(params, first.direction)))
+
+        final = grads if static_zero(rho) else at_radius(climb, first.plain, rho, state.steps)
+        updates, inner = base.update(
+            final, state.base, params, grad_fn=grad_fn, group_fn=group_fn, **extra
+        )
         return updates, SamState(optax.safe_increment(state.steps), inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+class First(NamedTuple):
+    """The first gradient and what goes with it, whether the step made it cheaper or not.
+
+    Attributes:
+      direction: what is climbed by.
+      grad_fn: the gradient elsewhere.
+      plain: ``() -> gradient`` at the parameters. Call it inside the branch that needs it: of a
+        cheap first pass it is a pass of its own.
+      live: what may be perturbed, see ``steppe.train.types.Climb``; None = everything.
+    """
+
+    direction: Any
+    grad_fn: GradFn
+    plain: Callable[[], Any]
+    live: Any = None
+
+    @classmethod
+    def of(cls, grads: Any, grad_fn: GradFn, params: Any, ascent: Any) -> First:
+        """From what ``update`` was given; ``ascent`` is None or a ``Climb``."""
+        if ascent is None:
+            return cls(grads, grad_fn, lambda: grads)
+
+        def own(other: Any) -> Any:
+            # Inside optax.partition a transform sees a part of the tree.
+            return jax.tree.map(
+                lambda g, x: g if isinstance(g, optax.MaskedNode) else x,
+                grads,
+                other,
+                is_leaf=lambda node: isinstance(node, optax.MaskedNode),
+            )
+
+        live = None if ascent.live is None else own(ascent.live)
+        return cls(own(ascent.direction), ascent.grad_fn, lambda: ascent.grad_fn(params), live)
 
 
 def at_radius(
@@ -304,9 +312,41 @@ def _check_radius(value: float, name: str) -> None:
         raise ValueError(f"{name} must be >= 0 and finite, got {value}")
 
 
-def _check_finite(value: Any, name: str) -> None:
+def check_finite(value: Any, name: str) -> None:
+    """Refuses a number that is NaN or infinite."""
     if isinstance(value, (int, float)) and not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, got {value}")
+
+
+def check_ascent(ascent: Any) -> None:
+    """Checks what ``sam`` takes as ``ascent``.
+
+    Raises:
+      ValueError: it is neither "global" nor "device" nor a whole number >= 1.
+    """
+    whole = isinstance(ascent, int) and not isinstance(ascent, bool) and ascent >= 1
+    if not whole and not (isinstance(ascent, str) and ascent in ("global", "device")):
+        raise ValueError(
+            f"ascent must be 'global', 'device' or a number of rows >= 1, got {ascent!r}"
+        )
+
+
+def require_groups(group_fn: Any, groups: Ascent, ascent: Any) -> None:
+    """Checks what a transform with groups was given.
+
+    Raises:
+      ValueError: no ``group_fn``, or a direction of the whole batch beside groups.
+    """
+    if group_fn is None:
+        raise ValueError(
+            f"ascent={groups!r} needs group_fn, a function (params, displaced, ascent) -> gradient "
+            "over groups of rows: pass tx.update(..., group_fn=...); train.step.make does so"
+        )
+    if ascent is not None:
+        raise ValueError(
+            f"ascent={groups!r} takes its directions from groups of rows: leave out ascent= of "
+            "train.step.make, or use ascent='global' in the transform"
+        )
 
 
 def require(grad_fn: Any, params: Any) -> GradFn:
@@ -320,19 +360,22 @@ def require(grad_fn: Any, params: Any) -> GradFn:
     if grad_fn is None:
         raise ValueError(
             "update needs grad_fn, a function params -> gradient on the same batch: pass "
-            "tx.update(grads, state, params, grad_fn=...); train.step.make does so"
+            "tx.update(grads, state, params, grad_fn=...); train.step.make does so. "
+            "optax.MultiSteps around this transform loses it: use train.step.make(microbatches=k), "
+            "or put MultiSteps inside, sam(optax.MultiSteps(base, k))"
         )
     found: GradFn = grad_fn
     return found
 
 
-def _dot(left: Any, right: Any) -> jax.Array:
+def dot(left: Any, right: Any) -> jax.Array:
+    """Inner product over all leaves, float32 scalar."""
     products = jax.tree.map(
         lambda a, b: jnp.sum(a.astype(jnp.float32) * b.astype(jnp.float32)), left, right
     )
     return sum(jax.tree.leaves(products), jnp.float32(0))
 
 
-def _safe_divide(top: jax.Array, bottom: jax.Array) -> jax.Array:
+def safe_divide(top: jax.Array, bottom: jax.Array) -> jax.Array:
     """top / bottom, and 0 where bottom is 0."""
     return jnp.where(bottom == 0, 0.0, top / jnp.where(bottom == 0, 1.0, bottom))

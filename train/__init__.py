@@ -4,7 +4,8 @@
 optax transform or a function around them, never another loop.
 """
 
-from steppe.train import checkpoint, loop, mesh, parallel, step, types
+from steppe.train import checkpoint, cut, loop, mesh, parallel, step, types
+from steppe.train.ascent import Ascent, Cut
 from steppe.train.checkpoint import CheckpointError, Checkpoints, SaveFailed
 from steppe.train.loop import Interrupted, NonFiniteLoss
 from steppe.train.mesh import MeshPlan
@@ -12,8 +13,10 @@ from steppe.train.step import TrainStep
 from steppe.train.types import GradFn, LossOut, Objective, TrainState
 
 __all__ = [
+    "Ascent",
     "CheckpointError",
     "Checkpoints",
+    "Cut",
     "GradFn",
     "Interrupted",
     "LossOut",
@@ -24,6 +27,7 @@ __all__ = [
     "TrainState",
     "TrainStep",
     "checkpoint",
+    "cut",
     "loop",
     "mesh",
     "parallel",

@@ -1,13 +1,14 @@
 """One training step: exact gradients over micro-batches and meshes, then an optax update.
 
-The loss of a step is ``sum_k total_k / W_k`` with ``W_k`` the weight of component k summed
-over the global batch. It does not depend on how the batch is split: the weights of all
-micro-batches come first (the compiler drops the forward pass when weights only need the
-labels), then every micro-batch contributes the gradient of ``sum_k total_k / W_k``.
+The gradient does not depend on how the batch is split (see ``gradient``). A transform may ask
+for more than the gradient at the parameters: ``update`` receives, besides ``value`` (the loss),
 
-A transform may ask for the gradient elsewhere: ``update`` receives ``grad_fn(params)`` over
-the same batch, random numbers, micro-batches, precision and mesh, and ``value``, the loss; and
-``fisher_fn(params)``, the mean squared gradient of the batch's examples (see ``fisher``).
+  grad_fn(params)               the gradient elsewhere: same rows, dropout, precision and mesh
+  fisher_fn(params)             mean squared gradient of the batch's examples (see ``fisher``)
+  losses_fn(params)             the loss of every row by itself [B], without dropout
+  subset_grad_fn(params, rows)  the gradient of the mean loss of the rows with indices [k]
+  group_fn(params, displaced, ascent)   groups of rows that climb by themselves (see ``groups``)
+  ascent                        with ``make(ascent=)``, a cheaper first gradient (see ``ascent``)
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ import numpy as np
 import optax
 
 from steppe.models import tree
-from steppe.train import fisher, types
+from steppe.train.ascent import Ascent, cheaper
+from steppe.train.gradient import Work, fill, partial
+from steppe.train.groups import Groups
 from steppe.train.mesh import MeshPlan, put
-from steppe.train.microbatch import split_rows
 from steppe.train.types import Batch, Metrics, ModelLike, Objective, Params, TrainState
 
 EVERYTHING = (".*",)
@@ -132,6 +134,7 @@ def make(
     clip_norm: float | None = None,
     ema: float | None = None,
     donate: bool = True,
+    ascent: Ascent | None = None,
 ) -> TrainStep:
     """Builds the compiled step ``(state, batch) -> (state, metrics)``.
 
@@ -148,13 +151,21 @@ def make(
       ema: decay of the moving average; give it to :func:`init` too.
       donate: reuse the memory of the old state, which is gone after the call. Frozen
         parameters and the key are never donated.
+      ascent: a cheaper first gradient for transforms that take two, see ``train.ascent``.
 
     The metrics are float32 scalars (sum, weight): ``loss``, ``loss/<component>`` for each
-    named component, ``grad_norm`` (before clipping) and the objective's ``aux``.
+    named component, ``grad_norm`` (before clipping) and the objective's ``aux``. They come
+    from the first pass; with ``ascent`` that is the cheap one, on its rows, in its dtype.
 
     Raises:
       ValueError: an argument is out of range.
+      TypeError: ascent is not an ``Ascent``.
     """
+    if ascent is not None and not isinstance(ascent, Ascent):
+        raise TypeError(
+            f"step.make takes ascent=Ascent(...) of train.ascent, got {ascent!r}; groups that "
+            "climb by themselves are an argument of the transform: sam(base, rho, ascent=...)"
+        )
     if microbatches < 1:
         raise ValueError(f"microbatches must be >= 1, got {microbatches}")
     if clip_norm is not None and not clip_norm > 0:
@@ -164,34 +175,29 @@ def make(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.rng, state.step)
-        parts = batch if microbatches == 1 else split_rows(batch, microbatches, plan)
-        frozen = state.frozen if compute_dtype is None else tree.cast(state.frozen, compute_dtype)
-
-        def gradient(params: Params) -> tuple[jax.Array, Metrics, jax.Array, Params]:
-            loss, metrics, grads = _accumulate(
-                objective, params, frozen, parts, key, microbatches, compute_dtype
-            )
-            norm = optax.global_norm(grads)
-            if clip_norm is not None:
-                # The 1.0 branch keeps an unclipped gradient bitwise what it was.
-                factor = jnp.where(norm > clip_norm, clip_norm / norm, 1.0)
-                grads = jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
-            return loss, metrics, norm, grads
-
-        loss, metrics, norm, grads = gradient(state.params)
+        work = Work(
+            objective, state.frozen, batch, key, plan, microbatches, compute_dtype, clip_norm
+        )
+        # Where a cheaper one is made nobody reads this one, and the compiler drops it.
+        found = work.evaluate(state.params)
+        grads, given = found.grads, {}
+        if ascent is not None:
+            found, climb = cheaper(work, state.params, ascent)
+            given["ascent"] = climb._replace(grad_fn=partial(climb.grad_fn, state.params))
+        groups = Groups(work, state.params)
         updates, opt_state = update(
             grads,
             state.opt_state,
             state.params,
-            grad_fn=_partial(lambda params: gradient(params)[3], state.params),
-            fisher_fn=_partial(
-                lambda params: fisher.diagonal(
-                    objective, params, frozen, batch, plan, compute_dtype=compute_dtype
-                ),
-                state.params,
-            ),
-            value=loss,
+            grad_fn=partial(work.gradient, state.params),
+            fisher_fn=partial(work.fisher, state.params),
+            losses_fn=lambda params: work.losses(fill(params, state.params)),
+            subset_grad_fn=partial(work.subset, state.params),
+            group_fn=groups,
+            value=found.loss,
+            **given,
         )
+        _, metrics, norm, _ = groups.clean or found
         params = optax.apply_updates(state.params, updates)
         extra = state.extra
         if ema is not None:
@@ -334,100 +340,6 @@ def _known(plan: MeshPlan | None) -> contextlib.AbstractContextManager[Any]:
     if plan is None:
         return contextlib.nullcontext()
     return jax.sharding.use_abstract_mesh(plan.mesh.abstract_mesh)
-
-
-def _partial(fn: Callable[[Params], Params], whole: Params) -> Callable[[Params], Params]:
-    """``fn`` for callers that see a part of the tree only.
-
-    ``optax.partition`` and ``optax.masked`` show an inner transform ``MaskedNode`` in place of
-    the leaves that are not its own. Those are taken from ``whole``, and left out of the result.
-    """
-
-    def masked(node: Any) -> bool:
-        return isinstance(node, optax.MaskedNode)
-
-    def call(params: Params) -> Params:
-        filled = jax.tree.map(
-            lambda own, new: own if masked(new) else new, whole, params, is_leaf=masked
-        )
-        found = fn(filled)
-        return jax.tree.map(
-            lambda new, got: new if masked(new) else got, params, found, is_leaf=masked
-        )
-
-    return call
-
-
-def _accumulate(
-    objective: Objective,
-    params: Params,
-    frozen: Params,
-    parts: Batch,
-    key: jax.Array,
-    microbatches: int,
-    compute_dtype: Any,
-) -> tuple[jax.Array, Metrics, Params]:
-    """Loss, metrics and gradient (dtype of ``params``) of the whole batch."""
-    # Cast once, outside the scan; the gradient with respect to the cast copy is what the
-    # transpose of a cast inside would receive.
-    compute = params if compute_dtype is None else tree.cast(params, compute_dtype)
-
-    def evaluate(p: Params, batch: Batch, index: Any) -> types.LossOut:
-        return objective(tree.merge(p, frozen), batch, jax.random.fold_in(key, index))
-
-    def scaled(p: Params, batch: Batch, index: Any, weights: Any) -> tuple[jax.Array, Any]:
-        out = evaluate(p, batch, index)
-        totals, own = types.components(out)
-        weights = own if weights is None else weights
-        weights = jax.lax.stop_gradient(weights)
-        loss = jnp.float32(0)
-        for name, total in totals.items():
-            loss += total / jnp.where(weights[name] == 0, 1.0, weights[name])
-        aux = {
-            name: (types.scalar(s, f"aux {name!r}"), types.scalar(w, f"aux {name!r}"))
-            for name, (s, w) in out.aux.items()
-        }
-        return loss, (loss, totals, weights, aux)
-
-    grad = jax.grad(scaled, has_aux=True)
-    if microbatches == 1:
-        grads, (loss, totals, weights, aux) = grad(compute, parts, 0, None)
-        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
-        return loss, _metrics(loss, totals, weights, aux), grads
-
-    indices = jnp.arange(microbatches)
-
-    def weigh(carry: None, part: tuple[Batch, jax.Array]) -> tuple[None, dict[str, jax.Array]]:
-        return None, types.components(evaluate(compute, *part))[1]
-
-    _, each = jax.lax.scan(weigh, None, (parts, indices))
-    weights = jax.tree.map(lambda w: w.sum(0), each)
-
-    def add(carry: Params, part: tuple[Batch, jax.Array]) -> tuple[Params, Any]:
-        grads, (loss, totals, _, aux) = grad(compute, *part, weights)
-        return jax.tree.map(lambda c, g: c + g.astype(c.dtype), carry, grads), (loss, totals, aux)
-
-    zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
-    grads, sums = jax.lax.scan(add, zeros, (parts, indices))
-    loss, totals, aux = jax.tree.map(lambda x: x.sum(0), sums)
-    grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
-    return loss, _metrics(loss, totals, weights, aux), grads
-
-
-def _metrics(
-    loss: jax.Array, totals: dict[str, Any], weights: dict[str, Any], aux: Metrics
-) -> Metrics:
-    one = jnp.float32(1)
-    if set(totals) == {""}:
-        out: Metrics = {"loss": (totals[""], weights[""])}
-    else:
-        out = {"loss": (loss, one)}
-        out |= {f"loss/{name}": (totals[name], weights[name]) for name in totals}
-    for name, pair in aux.items():
-        if name in out or name == "grad_norm":
-            raise ValueError(f"aux metric {name!r} has the name of a metric of the step: rename it")
-        out[name] = pair
-    return out
 
 
 def _assemble(

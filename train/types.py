@@ -46,6 +46,26 @@ Objective: TypeAlias = Callable[[Params, Batch, jax.Array], LossOut]
 GradFn: TypeAlias = Callable[[Params], Params]
 
 
+class Climb(NamedTuple):
+    """A cheaper first gradient, handed to ``update`` as ``ascent=``; see ``train.ascent``.
+
+    A transform that takes a gradient to climb by and a second one elsewhere uses these in place
+    of ``grads`` and ``grad_fn``; ``grads`` is then not computed at all. Others ignore it.
+
+    Attributes:
+      direction: estimate of the gradient at the parameters, whole tree, zero where it must
+        not be perturbed.
+      grad_fn: the exact gradient at parameters that differ from the current ones only where
+        ``live`` is True.
+      live: tree of constant bools that broadcast to the leaves: what may be perturbed. None =
+        everything.
+    """
+
+    direction: Params
+    grad_fn: GradFn
+    live: Any = None
+
+
 @struct.dataclass
 class TrainState:
     """Everything that a run is made of: one pytree, one checkpoint, one sharding tree.

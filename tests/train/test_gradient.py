@@ -1,0 +1,72 @@
+"""What a transform may ask of the step beside gradients of the whole batch: rows by themselves."""
+
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from steppe.train import mesh, step
+
+toy = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "programs" / "toy.py")))
+
+SPLITS = {
+    "1x32": (None, 1),
+    "4x8": (None, 4),
+    "2x2x2, 4 micro-batches": ({"data": 2, "fsdp": 2, "model": 2}, 4),
+}
+
+
+def host(tree_):
+    return jax.tree.map(np.array, tree_)
+
+
+def largest(a, b):
+    return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.abs(x - y).max()), a, b)))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_row_losses_and_gradients_of_chosen_rows(split):
+    """Each row's loss by itself, in the batch's order; the gradient of some rows' mean loss."""
+    rows = jnp.array([30, 1, 17, 4, 9, 8, 2, 25], jnp.int32)
+
+    def update(grads, state, params=None, *, losses_fn, subset_grad_fn, **_):
+        return subset_grad_fn(params, rows), {"losses": losses_fn(params)}
+
+    probe = optax.GradientTransformationExtraArgs(
+        lambda params: {"losses": jnp.zeros(toy.ROWS)}, update
+    )
+    shape, microbatches = SPLITS[split]
+    tx = optax.chain(probe, optax.sgd(1.0))
+    plan = None if shape is None else mesh.plan(shape, toy.RULES)
+    state = step.init(jax.random.key(0), toy.MODEL, tx, plan)
+    before = host(state.params)
+    batch = toy.batch()
+    batch["label_mask"][3] = 0.0  # a row without a label
+    state, _ = step.make(toy.two, tx, plan, microbatches=microbatches)(state, batch)
+
+    def loss(params, chosen):
+        out = toy.two(params, {k: v[np.asarray(chosen)] for k, v in batch.items()}, None)
+        return sum(out.total[k] / jnp.maximum(out.weight[k], 1e-9) for k in out.total)
+
+    found = state.opt_state[0]["losses"]
+    wanted = [float(loss(before, [i])) for i in (0, 1, 2, 3, 30, 31)]
+    np.testing.assert_allclose(np.array(found)[[0, 1, 2, 3, 30, 31]], wanted, rtol=1e-5)
+    moved = jax.tree.map(lambda a, b: a - b, before, host(state.params))
+    assert largest(moved, host(jax.grad(loss)(before, rows))) < 1e-5
+
+
+def test_chosen_rows_cost_their_share_of_a_gradient():
+    def flops(count):
+        def update(grads, state, params=None, *, subset_grad_fn, **_):
+            return (grads if count is None else subset_grad_fn(params, jnp.arange(count))), state
+
+        tx = optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+        state = step.init(jax.random.key(0), toy.MODEL, tx)
+        return step.make(toy.ce, tx).compile(state, toy.batch()).cost_analysis()["flops"]
+
+    assert flops(8) - flops(None) < 0.4 * flops(None)
