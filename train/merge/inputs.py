@@ -1,0 +1,334 @@
+"""The folders that a streamed merge reads: what they hold, and whether they fit together.
+
+Nothing but headers and configurations is read here. Tensors are compared under their names
+without the family's prefix, because a base is often published without the class that wraps it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from steppe.models import weights
+from steppe.models.families import family as family_of
+from steppe.models.families.names import Family
+
+# config.json keys that must agree for two folders to hold one architecture.
+ARCHITECTURE = (
+    "model_type",
+    "hidden_size",
+    "dim",
+    "d_model",
+    "n_embd",
+    "num_hidden_layers",
+    "n_layers",
+    "n_layer",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "vocab_size",
+    "patch_size",
+)
+TASK_HEADS = ("classification", "regression", "token", "span")
+# A tensor of a numbered layer belongs to the trunk: a model that lacks it is another network.
+LAYER = re.compile(r"(^|\.)(layers?|h|blocks?|resblocks)\.\d+\.")
+ROWS = 10
+
+
+class Tensor(NamedTuple):
+    """A tensor of a file: its name there, shape, dtype and file."""
+
+    stored: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    file: Path
+
+    def __str__(self) -> str:
+        return f"{list(self.shape)} {self.dtype}"
+
+
+@dataclass(frozen=True)
+class Input:
+    """A folder with a model.
+
+    Attributes:
+      name: what it is called in reports; the task of a fine-tuned model.
+      folder: where it is.
+      raw: its config.json, {} where there is none.
+      tensors: name without the family's prefix -> tensor.
+      store: the open files.
+    """
+
+    name: str
+    folder: Path
+    raw: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    store: weights.Safetensors
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor as a flat memory map; keep it no longer than a copy takes."""
+        return self.store.read(self.tensors[name].stored).reshape(-1)
+
+    @property
+    def family(self) -> Family | None:
+        """The family of its config.json, None where that is not known."""
+        try:
+            return family_of(str(self.raw.get("model_type")))
+        except ValueError:
+            return None
+
+
+def open_input(folder: str | os.PathLike[str], name: str) -> Input:
+    """Opens a folder of Hugging Face layout.
+
+    Raises:
+      FileNotFoundError: there are no weights; pickle files are not read.
+      ValueError: a file is damaged.
+    """
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise FileNotFoundError(f"model folder {path} does not exist")
+    store = weights.open_directory(path)
+    config = path / "config.json"
+    raw = {}
+    if config.is_file():
+        try:
+            raw = json.loads(config.read_text("utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{config} is not valid JSON ({error})") from error
+    opened = Input(name, path, raw, {}, store)
+    family = opened.family
+    prefix = f"{family.prefix}." if family is not None and family.prefix else ""
+    tensors = {}
+    for stored, shape in store.shapes().items():
+        view = store.read(stored)
+        file = Path(view.filename) if isinstance(view, np.memmap) and view.filename else path
+        tensors[stored.removeprefix(prefix)] = Tensor(stored, tuple(shape), view.dtype, file)
+    return Input(name, path, raw, tensors, store)
+
+
+def digest(inputs: Sequence[Input]) -> str:
+    """A hash of the names, sizes, times and headers of all files, in the order given."""
+    out = hashlib.sha256()
+    for one in inputs:
+        for file in sorted({tensor.file for tensor in one.tensors.values()}):
+            status = file.stat()
+            out.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+        for name, tensor in sorted(one.tensors.items()):
+            out.update(f"{name} {tensor.shape} {tensor.dtype}\n".encode())
+    return out.hexdigest()
+
+
+class Difference(NamedTuple):
+    """One row of the table: what differs, and its value in every input."""
+
+    what: str
+    values: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a merge would do, before any work.
+
+    Attributes:
+      inputs: the base first, where there is one.
+      differences: what makes a merge impossible, in the order of the files.
+      shared: tensors that are merged.
+      unbased: those of them that the base lacks: they are averaged.
+      apart: input -> tensors that stay with it.
+      notes: what differs and does no harm, such as dtypes.
+    """
+
+    inputs: tuple[Input, ...]
+    based: bool
+    differences: tuple[Difference, ...] = ()
+    shared: tuple[str, ...] = ()
+    unbased: frozenset[str] = frozenset()
+    apart: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether the inputs fit together."""
+        return not self.differences
+
+    @property
+    def base(self) -> Input | None:
+        return self.inputs[0] if self.based else None
+
+    @property
+    def models(self) -> tuple[Input, ...]:
+        return self.inputs[1:] if self.based else self.inputs
+
+    @property
+    def reference(self) -> Input:
+        """Whose names and dtypes the output has: the base, or the first model."""
+        return self.inputs[0]
+
+    def origin(self, name: str) -> Input:
+        """The first input that holds a shared tensor."""
+        return self.models[0] if name in self.unbased else self.inputs[0]
+
+    def table(self) -> str:
+        """The first differences, a row each, a column an input; "" when there is none."""
+        if self.ok:
+            return ""
+        head = ("", *(one.name for one in self.inputs))
+        rows = [head, *((d.what, *d.values) for d in self.differences[:ROWS])]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows]
+        if len(self.differences) > ROWS:
+            lines.append(f"... and {len(self.differences) - ROWS} more")
+        return "\n".join(lines)
+
+    def check(self) -> None:
+        """Raises a ValueError with the table when the inputs do not fit together."""
+        if not self.ok:
+            raise ValueError(
+                "the models cannot be merged: they differ in architecture or vocabulary\n"
+                + self.table()
+            )
+
+
+def inspect(
+    base: str | os.PathLike[str] | None,
+    models: Sequence[str | os.PathLike[str]],
+    heads: Sequence[str] = (),
+    names: Sequence[str] | None = None,
+) -> Report:
+    """Compares the headers of all inputs.
+
+    Args:
+      base: folder of the base model, or None.
+      models: folders of the fine-tuned models; their order is kept.
+      heads: regular expressions on whole tensor names (without the family's prefix) that stay
+        with their task, besides the heads that the family knows.
+      names: of the models; default the names of their folders.
+
+    Raises:
+      FileNotFoundError, ValueError: as :func:`open_input`; no model; names that repeat; a
+        pattern of ``heads`` that matches nothing.
+    """
+    if not models:
+        raise ValueError("there must be at least one model to merge, got none")
+    called = [Path(m).name for m in models] if names is None else list(names)
+    if len(called) != len(models) or len(set(called)) != len(called):
+        raise ValueError(f"names must be {len(models)} different ones, one a model, got {called}")
+    inputs = [] if base is None else [open_input(base, "the base")]
+    inputs += [open_input(folder, name) for folder, name in zip(models, called)]
+    tuned = inputs[1:] if base is not None else inputs
+    everything = list(dict.fromkeys(name for one in inputs for name in one.tensors))
+    for pattern in heads:
+        if not any(re.fullmatch(pattern, name) for name in everything):
+            raise ValueError(
+                f"heads={pattern!r} matches no tensor; names are like {everything[:3]}"
+            )
+    own = {one.name: _head_tensors(one) for one in tuned}
+
+    differences = _configurations(inputs)
+    shared: list[str] = []
+    unbased: set[str] = set()
+    notes: list[str] = []
+    apart: dict[str, list[str]] = {one.name: [] for one in inputs}
+    for name in everything:
+        holders = [one for one in inputs if name in one.tensors]
+        kept = any(re.fullmatch(pattern, name) for pattern in heads)
+        if kept or any(name in own[one.name] for one in tuned):
+            for one in holders:
+                apart[one.name].append(name)
+            continue
+        row = Difference(
+            name, tuple(str(o.tensors[name]) if name in o.tensors else "-" for o in inputs)
+        )
+        if len(holders) < len(inputs):
+            if LAYER.search(name):
+                differences.append(row)
+            elif all(name in one.tensors for one in tuned):
+                if len({one.tensors[name].shape for one in tuned}) > 1:
+                    differences.append(row)
+                else:
+                    shared.append(name)
+                    unbased.add(name)
+            else:
+                for one in holders:
+                    apart[one.name].append(name)
+            continue
+        found = [one.tensors[name] for one in inputs]
+        kinds = {bool(jnp.issubdtype(t.dtype, jnp.floating)) for t in found}
+        if len({t.shape for t in found}) > 1 or len(kinds) > 1:
+            differences.append(row)
+            continue
+        shared.append(name)
+        if len({t.dtype for t in found}) > 1 and len(notes) < ROWS:
+            notes.append(f"{name} has several dtypes: {', '.join(row.values)}")
+    return Report(
+        tuple(inputs),
+        base is not None,
+        tuple(differences),
+        tuple(shared),
+        frozenset(unbased),
+        {name: tuple(held) for name, held in apart.items() if held},
+        tuple(notes),
+    )
+
+
+def head_of(one: Input) -> tuple[str, Family] | None:
+    """(kind, family) of the task head that a fine-tuned model declares, or None."""
+    family = one.family
+    names = one.raw.get("architectures") or [""]
+    kind = None if family is None else family.kind_of(str(names[0]), one.raw)
+    return None if kind is None or family is None or kind not in TASK_HEADS else (kind, family)
+
+
+def _head_tensors(one: Input) -> set[str]:
+    """Tensors of the head that the configuration declares."""
+    found = head_of(one)
+    if found is None:
+        return set()
+    kind, family = found
+    count = 1 if kind == "regression" else 2
+    try:
+        config = family.read(one.raw).with_head(family.head(kind, count, 0.0))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{one.folder / 'config.json'}: {error}") from error
+    return {name.tensor for name in family.heads[kind].of(config)} & set(one.tensors)
+
+
+def _configurations(inputs: Sequence[Input]) -> list[Difference]:
+    """Differences of the configurations, and of the vocabularies word by word."""
+    told = [one for one in inputs if one.raw]
+    rows = []
+    for key in ARCHITECTURE:
+        values = [str(one.raw.get(key, "-")) for one in inputs]
+        if len({str(one.raw.get(key)) for one in told}) > 1:
+            rows.append(Difference(f"config.json: {key}", tuple(values)))
+    marks = [_vocabulary(one.folder) for one in inputs]
+    if len({mark for mark, _ in marks if mark}) > 1:
+        values = [f"{size} words, {mark[:8]}" if mark else "-" for mark, size in marks]
+        rows.append(Difference("vocabulary", tuple(values)))
+    return rows
+
+
+def _vocabulary(folder: Path) -> tuple[str, int]:
+    """(hash, number of words) of a tokenizer's vocabulary; ("", 0) where there is none."""
+    file = folder / "tokenizer.json"
+    try:
+        words = json.loads(file.read_text("utf-8"))["model"]["vocab"] if file.is_file() else None
+    except (ValueError, KeyError, TypeError):
+        words = None
+    if words is None and (folder / "vocab.txt").is_file():
+        lines = (folder / "vocab.txt").read_text("utf-8", errors="replace").splitlines()
+        words = {word: number for number, word in enumerate(lines)}
+    if words is None:
+        return "", 0
+    ordered = sorted(words.items(), key=lambda item: item[1]) if isinstance(words, dict) else words
+    return hashlib.sha256(json.dumps(ordered).encode()).hexdigest(), len(words)
