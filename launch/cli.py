@@ -16,16 +16,20 @@ USAGE = """\
 usage: steppe COMMAND [options]      (steppe COMMAND --help lists the options)
 
   finetune [RECIPE]   fine-tune a pretrained model, evaluate, report, export
+  compare [RECIPE]    methods x seeds x sizes x sources, one table with a paired test
+  merge METHOD BASE MODEL ...
+                      several fine-tunes of one base as one model, with a table
   evaluate MODEL      evaluate a run or an exported model on any data
   generate MODEL      texts for one prompt or a file of them
   chat MODEL          talk to a model
   assets              list, fetch or check real models and data sets
   report RUN          write the report of a run folder again
+  sharpness RUN       how sharp the loss is around a run's model, drawn and in numbers
   papers [NAME]       the systems that steppe implements
   bench NAME          benchmarks: finetune, lm-step, generate, compile, load, imports, mfu
   --version           print the versions that matter
 
-recipes: {recipes}
+recipes: {recipes}; compare: {comparisons}
 """
 
 
@@ -73,18 +77,22 @@ def _one_line(error: BaseException) -> str:
 def _dispatch(args: list[str]) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "finetune": _finetune,
+        "compare": _compare,
+        "merge": _merge,
         "evaluate": _evaluate,
         "generate": _generate,
         "chat": _chat,
         "assets": _assets,
         "report": _report,
+        "sharpness": _sharpness,
         "papers": _papers,
         "bench": _bench,
     }
     if not args or args[0] in ("-h", "--help", "help"):
-        from steppe.launch.recipes import RECIPES
+        from steppe.launch.recipes import COMPARISONS, RECIPES
 
-        print(USAGE.format(recipes=", ".join(RECIPES)), end="")
+        names = {"recipes": ", ".join(RECIPES), "comparisons": ", ".join(COMPARISONS)}
+        print(USAGE.format(**names), end="")
         return 0 if args else 2
     if args[0] == "--version":
         from steppe.launch.machine import versions
@@ -151,6 +159,44 @@ def _finetune(args: list[str]) -> int:
     return 0
 
 
+def _compare(args: list[str]) -> int:
+    from steppe.launch.compare.settings import CompareConfig
+    from steppe.launch.recipes import COMPARISONS
+
+    default, prog = CompareConfig(), "compare"
+    if args and not args[0].startswith("-"):
+        if args[0] not in COMPARISONS:
+            raise ValueError(_unknown("recipe", args[0], COMPARISONS))
+        default, prog = COMPARISONS[args[0]](), f"compare {args[0]}"
+        args = args[1:]
+    config = _parse(CompareConfig, args, prog, default)
+    from steppe.launch.compare import command
+
+    command.run(config, command=["steppe", *prog.split(), *args])
+    return 0
+
+
+def _merge(args: list[str]) -> int:
+    from steppe.launch.merge.settings import METHODS, MergeConfig
+
+    named = list(itertools.takewhile(lambda word: not word.startswith("-"), args))
+    rest = args[len(named) :]
+    if named:
+        method, base, models = named[0], named[1:2], named[2:]
+        if method not in METHODS:
+            raise ValueError(_unknown("method", method, METHODS))
+        if not models:
+            raise ValueError(
+                "say what to merge: steppe merge METHOD BASE MODEL MODEL ... --out FOLDER"
+            )
+        rest = ["--method", method, "--base", *base, "--models", *models, *rest]
+    config = _parse(MergeConfig, rest, "merge")
+    from steppe.launch.merge import command
+
+    command.run(config, command=["steppe", "merge", *args])
+    return 0
+
+
 def _evaluate(args: list[str]) -> int:
     from steppe.launch.config import EvaluateConfig
 
@@ -158,7 +204,11 @@ def _evaluate(args: list[str]) -> int:
     model = next((a for f, a in itertools.pairwise(args) if f == "--model"), "")
     model = next((a.split("=", 1)[1] for a in args if a.startswith("--model=")), model)
     from steppe.launch import evaluation
+    from steppe.launch.merge import evaluation as merged
 
+    if model and merged.is_merged(model):
+        merged.run(_parse(merged.MergedConfig, args, "evaluate", merged.MergedConfig(model)))
+        return 0
     # A run's own data settings are the default, so that any of them can be set, even back to
     # the default of a fresh one.
     default = evaluation.defaults(model) if model else None
@@ -217,9 +267,26 @@ def _report(args: list[str]) -> int:
     run = Path(args[0])
     if not run.is_dir():
         raise FileNotFoundError(f"run folder {run} does not exist")
+    if (run / "runs.jsonl").is_file():
+        from steppe.launch.compare import command, table
+
+        Console().print(table.rich_table(command.report(run)))
+        print(run / "report.html")
+        return 0
     file = report.write(run)
     Console().print(report.summary(run))
     print(file)
+    return 0
+
+
+def _sharpness(args: list[str]) -> int:
+    from steppe.launch import sharpness
+
+    if args and not args[0].startswith("-"):
+        args = ["--run", *args]
+    config = _parse(sharpness.SharpnessConfig, args, "sharpness")
+    sharpness.check_run(config.run)
+    sharpness.run(config)
     return 0
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from steppe.launch import optimiser
+
 TaskKind = Literal[
     "classification",
     "pair",
@@ -141,6 +143,24 @@ class FinetuneConfig:
       model: model folder, file of weights (``.onnx``, ``.gguf``, ``.bin``), or ``asset:NAME``.
       out: run folder; empty = runs/ and a name made of data and model.
       data, optim, lora: see there.
+      sharpness: sharpness-aware method around AdamW, see ``steppe.optim``; most take two
+        gradients a step. What follows, up to ascent, are its settings, None being the
+        method's default, see ``steppe.launch.optimiser``.
+      rho: radius of the ball that the loss is to be low in; fine-tuning bears about 0.01 to
+        0.02 (asam: ten times that) and collapses far above it.
+      rho_warmup: share of the steps over which rho rises from 0.
+      keep_ratio: fsam: share of the parameters that is perturbed.
+      refresh_every: fsam: steps that a mask serves.
+      fisher: fsam: scores from the batch's gradient, or per sample.
+      mask: fsam: element, tensor (whole tensors), or N:M (N of every M neighbours).
+      exclude: fsam: regexes of parameter paths that are never perturbed.
+      eta: asam: added to the size of a weight.
+      alpha: gsam: weight of the gap; looksam: of the direction that is used again.
+      look_every: looksam: steps from one second gradient to the next.
+      beta, gamma: esam: shares of the tensors that are perturbed and of the rows that the
+        second gradient is taken on.
+      ascent: sam, asam, gsam: whose gradient is climbed by: global (the whole batch's), device
+        (of each device's rows), or a number of rows (of each group of so many).
       epochs: passes over the training split; ignored when steps > 0.
       steps: optimiser updates; 0 = from epochs.
       batch_size: examples an update, over all devices and micro-batches.
@@ -169,6 +189,20 @@ class FinetuneConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    sharpness: optimiser.Method = "none"
+    rho: float | None = None
+    rho_warmup: float = 0.0
+    keep_ratio: float | None = None
+    refresh_every: int | None = None
+    fisher: Literal["batch", "per_sample"] | None = None
+    mask: str | None = None
+    exclude: tuple[str, ...] = ()
+    eta: float | None = None
+    alpha: float | None = None
+    look_every: int | None = None
+    beta: float | None = None
+    gamma: float | None = None
+    ascent: str | None = None
     epochs: float = 3.0
     steps: int = 0
     batch_size: int = 32
@@ -214,6 +248,7 @@ class FinetuneConfig:
             )
         if self.drop >= 1.0:
             raise ValueError(f"drop must be below 1, got {self.drop}")
+        optimiser.check(self)
 
     @property
     def run(self) -> Path:
@@ -384,7 +419,12 @@ def from_dict(kind: type, values: Mapping[str, Any]) -> Any:
     unknown = sorted(set(values) - set(fields))
     if unknown:
         raise ValueError(f"{kind.__name__} has no setting {unknown[0]!r}")
-    nested = {"data": DataConfig, "optim": OptimConfig, "lora": LoraConfig}
+    nested = {
+        "data": DataConfig,
+        "optim": OptimConfig,
+        "lora": LoraConfig,
+        "base": FinetuneConfig,
+    }
     out: dict[str, Any] = {}
     for name, value in values.items():
         if name in nested and isinstance(value, Mapping):

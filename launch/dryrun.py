@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from steppe.launch import config as config_
-from steppe.launch import estimate
+from steppe.launch import estimate, optimiser
 from steppe.launch.pieces import Pieces
 from steppe.train import step
 
@@ -44,13 +44,16 @@ def show(pieces: Pieces) -> dict[str, Any]:
         for name, leaf in shapes.items()
     }
     found = estimate.estimate(pieces.train, state, batch)
-    found["model_flops"] = estimate.model_flops(pieces.loaded.model, shape)
+    gradients = optimiser.gradients(config)
+    found["gradients"] = gradients
+    found["model_flops"] = gradients * estimate.model_flops(pieces.loaded.model, shape)
     found["steps"] = pieces.steps
     found["shapes"] = sorted(pieces.batches.shapes)
 
     console = Console()
     console.print_json(json.dumps(config_.to_dict(config)))
     table = Table(box=None, show_header=False)
+    table.add_row("optimiser", optimiser.describe(config))
     table.add_row("parameters", f"{found['parameters']:,}")
     table.add_row("trainable", f"{found['trainable']:,}")
     if "peak_bytes" in found:

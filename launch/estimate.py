@@ -71,7 +71,10 @@ def estimate(train: TrainStep, state: TrainState, batch: dict[str, Any]) -> dict
 
 
 def model_flops(model: Any, shape: tuple[int, ...]) -> float:
-    """FLOPs of one step by counting: 2 a multiply-add, backward = 2 x forward.
+    """FLOPs of one gradient by counting: 2 a multiply-add, backward = 2 x forward.
+
+    A step takes one gradient, or two with most sharpness-aware methods: see
+    ``launch.optimiser.gradients``.
 
     Matmuls of the layers and attention (scores and weighted sum), and the logits of a language
     model; embeddings, norms and other heads are left out, as is usual for MFU.

@@ -52,7 +52,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             "or give the folder of a run"
         )
     tokenizer = setup.fitting(data, origin, pretrained.load_config(origin.weights))
-    task, dataset = _dataset(data, split, tokenizer, loaded)
+    task, dataset = encoded(data, split, tokenizer, loaded)
     if kinds.head_of(task.kind) != head.kind:
         raise ValueError(
             f"the model has a {head.kind} head, but data.task gives a {task.kind} task"
@@ -121,9 +121,13 @@ def own_data(model: str) -> DataConfig | None:
     return config_.read(folder).data
 
 
-def _dataset(
+def encoded(
     data: DataConfig, split: str, tokenizer: Tokenizer | None, loaded: pretrained.Loaded
 ) -> tuple[Any, Any]:
+    """The task of the data and its examples: a split, or ``all`` of them.
+
+    Classes that the settings do not name are those of the model.
+    """
     found = setup.records(data)
     names = data.classes or _named(loaded.labels)
     size = getattr(loaded.model.config, "image_size", 224)

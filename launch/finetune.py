@@ -16,16 +16,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from steppe.launch import config as config_
-from steppe.launch import kinds, outputs, scoring
+from steppe.launch import kinds, optimiser, outputs, scoring
 from steppe.launch.config import FinetuneConfig
 from steppe.launch.finish import finish
-from steppe.launch.pieces import Pieces, build
+from steppe.launch.pieces import Pieces, build, start
 from steppe.models import tree
-from steppe.models.overlays.overlay import BASE
-from steppe.train import checkpoint, loop, metrics, step
+from steppe.train import checkpoint, loop, metrics
 from steppe.train.types import TrainState
 
 CONFIG = "config.json"
@@ -56,6 +53,7 @@ def run(config: FinetuneConfig, command: Sequence[str] = ()) -> dict[str, Any]:
     from rich.console import Console
 
     console = Console(stderr=True)
+    config = optimiser.resolved(config)
     folder = config.run
     _check_folder(config, folder)
     begin = time.perf_counter()
@@ -67,21 +65,7 @@ def run(config: FinetuneConfig, command: Sequence[str] = ()) -> dict[str, Any]:
     timings = {"setup_s": time.perf_counter() - begin}
     _describe(console, pieces, folder)
 
-    params = pieces.loaded.params
-    if pieces.overlay is not None:
-        made = jax.jit(pieces.model.init)(jax.random.key(config.seed))
-        params = tree.merge(made, {BASE: params})
-    state = step.init(
-        jax.random.key(config.seed),
-        pieces.model,
-        pieces.tx,
-        pieces.plan,
-        params=params,
-        trainable=pieces.trainable,
-        ema=config.ema or None,
-        donate=True,
-    )
-    del params
+    state = start(pieces, donate=True)
     writers: list[Any] = [metrics.JsonLines(folder / "metrics.jsonl")]
     if config.tensorboard:
         writers.append(metrics.TensorBoard(folder / "tensorboard"))
@@ -233,7 +217,9 @@ def _check_folder(config: FinetuneConfig, folder: Path) -> None:
 
 def _fixed(config: FinetuneConfig) -> dict[str, Any]:
     """The settings that must be the same when a run is resumed."""
-    return {k: v for k, v in config_.to_dict(config).items() if k not in FREE}
+    # Checkpoints of a run without a method need not know that there are any.
+    free = FREE if config.sharpness != "none" else (*FREE, *optimiser.SETTINGS)
+    return {k: v for k, v in config_.to_dict(config).items() if k not in free}
 
 
 def _describe(console: Any, pieces: Pieces, folder: Path) -> None:
@@ -249,6 +235,8 @@ def _describe(console: Any, pieces: Pieces, folder: Path) -> None:
         f"{shape}; run folder {folder}",
         highlight=False,
     )
+    if config.sharpness != "none":
+        console.print(optimiser.describe(config), highlight=False)
     packing = getattr(data.splits["train"], "packing", None)
     if packing is not None:
         console.print(f"packed: {packing}", highlight=False)

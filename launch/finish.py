@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from steppe.launch import machine, outputs, scoring
+from steppe.launch import machine, optimiser, outputs, scoring
 from steppe.launch.pieces import Pieces
 from steppe.models import pretrained, tree
 from steppe.train import evaluate
@@ -70,6 +70,10 @@ def finish(
             "licence": pieces.origin.licence,
             "parameters": tree.count(state.params) + tree.count(state.frozen),
             "trainable": tree.count(state.params),
+        },
+        "optimiser": {
+            "method": optimiser.describe(config),
+            "gradients_a_step": optimiser.gradients(config),
         },
         "timings": timings,
         "shapes": sorted(pieces.batches.shapes),

@@ -39,13 +39,37 @@ PAPERS = (
     ),
     Paper(
         "sam",
-        "SAM, ASAM, GSAM, LookSAM: sharpness-aware minimisation",
+        "SAM, ASAM, GSAM: sharpness-aware minimisation (Foret et al., ICLR 2021)",
         "steppe.optim.sam.sam",
+        "steppe finetune vader-movies --sharpness sam",
+    ),
+    Paper(
+        "looksam",
+        "LookSAM: a second gradient only now and then (Liu et al., CVPR 2022)",
+        "steppe.optim.looksam.looksam",
+        "steppe finetune vader-movies --sharpness looksam",
+    ),
+    Paper(
+        "esam",
+        "ESAM: SAM on some tensors and some rows (Du et al., ICLR 2022)",
+        "steppe.optim.esam.esam",
+        "steppe finetune vader-movies --sharpness esam",
     ),
     Paper(
         "fsam",
         "FSAM: SAM with a Fisher mask (Zhong et al., Findings of EMNLP 2022)",
         "steppe.optim.fsam.fsam",
+        "steppe finetune vader-movies --sharpness fsam",
+    ),
+    Paper(
+        "flooding",
+        "Flooding-X: a training loss that does not fall below a level (Liu et al., ACL 2022)",
+        "steppe.optim.flooding.flooding",
+    ),
+    Paper(
+        "roast",
+        "RoAST: selective training (Kim et al., Findings of EMNLP 2023)",
+        "steppe.optim.selective.selective_gradient",
     ),
 )
 

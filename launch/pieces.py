@@ -13,13 +13,15 @@ import jax
 
 from steppe.data import batches as batches_
 from steppe.launch import config as config_
-from steppe.launch import kinds, probe, setup
+from steppe.launch import kinds, optimiser, probe, setup
 from steppe.launch.config import FinetuneConfig
 from steppe.models import pretrained, tree
 from steppe.models.overlays import lora
+from steppe.models.overlays.overlay import BASE
 from steppe.optim import basic
 from steppe.train import mesh, step
 from steppe.train.objectives import basic as objectives
+from steppe.train.types import TrainState
 
 # Settings of the networks that --drop replaces.
 _RATES = ("drop", "attn_drop", "ffn_drop")
@@ -68,8 +70,17 @@ def rows_of(model: Any, kind: str, length: int, most: int = 64) -> int:
     return max(1, min(most, 2**26 // (length * model.vocab_size)))
 
 
-def build(config: FinetuneConfig) -> Pieces:
+def build(
+    config: FinetuneConfig,
+    *,
+    data: setup.Data | None = None,
+    loaded: pretrained.Loaded | None = None,
+) -> Pieces:
     """Reads model and data and builds the step. Writes nothing.
+
+    Args:
+      data, loaded: in place of those that the settings name, for several runs on the same
+        ones; ``loaded`` as :func:`load` gives it.
 
     Raises:
       ValueError, OSError: whatever is wrong with the settings, the model or the data.
@@ -77,26 +88,11 @@ def build(config: FinetuneConfig) -> Pieces:
     origin = setup.origin(config.model)
     # The tree's names and sizes come first: a wrong setting must not cost the loading time.
     bare = pretrained.load_config(origin.weights)
-    data = setup.prepare(config.data, origin, bare)
+    data = setup.prepare(config.data, origin, bare) if data is None else data
     kind = data.task.kind
-    devices = jax.devices()
-    shape = config_.parse_mesh(config.mesh, len(devices))
-    plan = mesh.plan(shape, bare.build().axes)
+    plan = plan_of(config, bare)
     _check_batch(config, plan)
-    labels = data.task.num_labels if kind in ("classification", "token") else None
-    rates = [f.name for f in dataclasses.fields(bare) if f.name in _RATES]
-    drop = {} if config.drop < 0 else dict.fromkeys(rates, config.drop)
-    loaded = pretrained.load(
-        origin.weights,
-        head=kinds.head_of(kind),
-        num_labels=labels,
-        plan=plan,
-        key=jax.random.key(config.seed),
-        **drop,
-    )
-    if drop and loaded.model.config.head is not None and kind not in kinds.WRITTEN:
-        head = dataclasses.replace(loaded.model.config.head, drop=config.drop)
-        loaded = dataclasses.replace(loaded, model=loaded.model.config.with_head(head).build())
+    loaded = load(config, origin, data, plan) if loaded is None else loaded
     if config.probe:
         probe.check(loaded.model, kind)
     overlay = None
@@ -123,16 +119,7 @@ def build(config: FinetuneConfig) -> Pieces:
     steps = config.steps or max(1, math.ceil(config.epochs * epoch))
     o = config.optim
     schedule = basic.schedule(o.schedule, o.learning_rate, steps, warmup=o.warmup)
-    tx = basic.adamw(schedule, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay)
-    train = step.make(
-        objectives.for_task(model, kind),
-        tx,
-        plan,
-        microbatches=config.microbatches,
-        compute_dtype=None if config.compute_dtype == "float32" else config.compute_dtype,
-        clip_norm=o.clip_norm or None,
-        ema=config.ema or None,
-    )
+    tx = optimiser.transform(config, schedule, steps)
     return Pieces(
         config,
         origin,
@@ -144,10 +131,75 @@ def build(config: FinetuneConfig) -> Pieces:
         plan,
         tx,
         schedule,
-        train,
+        make_step(config, model, kind, tx, plan),
         batches,
         steps,
         epoch,
+    )
+
+
+def plan_of(config: FinetuneConfig, bare: Any) -> mesh.MeshPlan:
+    """The mesh of the settings with the rules of a model, given by its configuration."""
+    return mesh.plan(config_.parse_mesh(config.mesh, len(jax.devices())), bare.build().axes)
+
+
+def load(
+    config: FinetuneConfig, origin: setup.Origin, data: setup.Data, plan: mesh.MeshPlan
+) -> pretrained.Loaded:
+    """The pretrained model with the task's head, its dropout rates those of the settings."""
+    kind = data.task.kind
+    labels = data.task.num_labels if kind in ("classification", "token") else None
+    bare = pretrained.load_config(origin.weights)
+    rates = [f.name for f in dataclasses.fields(bare) if f.name in _RATES]
+    drop = {} if config.drop < 0 else dict.fromkeys(rates, config.drop)
+    loaded = pretrained.load(
+        origin.weights,
+        head=kinds.head_of(kind),
+        num_labels=labels,
+        plan=plan,
+        key=jax.random.key(config.seed),
+        **drop,
+    )
+    if drop and loaded.model.config.head is not None and kind not in kinds.WRITTEN:
+        head = dataclasses.replace(loaded.model.config.head, drop=config.drop)
+        loaded = dataclasses.replace(loaded, model=loaded.model.config.with_head(head).build())
+    return loaded
+
+
+def make_step(
+    config: FinetuneConfig, model: Any, kind: str, tx: Any, plan: mesh.MeshPlan
+) -> step.TrainStep:
+    """The compiled step of the settings."""
+    return step.make(
+        objectives.for_task(model, kind),
+        tx,
+        plan,
+        microbatches=config.microbatches,
+        compute_dtype=None if config.compute_dtype == "float32" else config.compute_dtype,
+        clip_norm=config.optim.clip_norm or None,
+        ema=config.ema or None,
+    )
+
+
+def start(pieces: Pieces, *, donate: bool = False) -> TrainState:
+    """The state before the first step.
+
+    Args:
+      donate: take over the arrays of ``pieces.loaded``, which are gone after the first step.
+    """
+    config, params = pieces.config, pieces.loaded.params
+    if pieces.overlay is not None:
+        made = jax.jit(pieces.model.init)(jax.random.key(config.seed))
+        params = tree.merge(made, {BASE: params})
+    return step.init(
+        jax.random.key(config.seed),
+        pieces.model,
+        pieces.tx,
+        pieces.plan,
+        params=params,
+        trainable=pieces.trainable,
+        ema=config.ema or None,
+        donate=donate,
     )
 
 

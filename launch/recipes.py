@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from steppe.launch.compare.settings import CompareConfig
 from steppe.launch.config import DataConfig, FinetuneConfig, LoraConfig, OptimConfig
 
 
@@ -173,6 +174,43 @@ def dinov2_mnist() -> FinetuneConfig:
         batch_size=32,
     )
 
+
+def flat_minima() -> CompareConfig:
+    """AdamW, SAM, ASAM and FSAM on 250 and 1,000 examples of three sources, five seeds each.
+
+    rho is chosen on the validation split, from grids that reach from where nothing changes to
+    where training collapses. Sentences of one review stay in one split.
+    """
+    return CompareConfig(
+        out="runs/flat-minima",
+        base=FinetuneConfig(
+            data=DataConfig(
+                group="group",
+                fractions=(0.6, 0.1, 0.3),
+                eval_limit=2000,
+                max_length=64,
+                buckets=(16, 32, 64),
+            ),
+            optim=OptimConfig(learning_rate=5e-5),
+            epochs=5.0,
+            batch_size=16,
+            baselines=False,
+        ),
+        sources=("asset:vader/movies", "asset:vader/products", "asset:sarcasm"),
+        transfer=("asset:vader/movies", "asset:vader/products"),
+        sizes=(250, 1000),
+        methods=(
+            "adamw",
+            "sam:rho=0.002/0.005/0.01/0.02/0.05",
+            "asam:rho=0.02/0.05/0.1/0.2/0.5",
+            "fsam:keep_ratio=0.1,rho=0.01/0.02/0.05/0.1",
+        ),
+        curvature=True,
+        curvature_examples=32,
+    )
+
+
+COMPARISONS: dict[str, Callable[[], CompareConfig]] = {"flat-minima": flat_minima}
 
 RECIPES: dict[str, Callable[[], FinetuneConfig]] = {
     "vader-movies": vader_movies,

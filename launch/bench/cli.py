@@ -15,6 +15,9 @@ BENCHES = {
     "load": ("steppe.launch.bench.load", "LoadBench"),
     "imports": ("steppe.launch.bench.imports", "ImportBench"),
     "mfu": ("steppe.launch.bench.mfu", "MfuBench"),
+    "sharpness": ("steppe.launch.bench.sharpness", "SharpnessBench"),
+    "topk": ("steppe.launch.bench.topk", "TopKBench"),
+    "merge": ("steppe.launch.bench.merge", "MergeBench"),
 }
 USAGE = f"usage: steppe bench {{{','.join(BENCHES)}}} [options]   (--help lists the options)"
 

@@ -35,6 +35,7 @@ def record(run: RunFolder) -> str:
     small = [
         ("Data", _flat(results.get("data"))),
         ("Model", _flat(results.get("model"))),
+        ("Optimiser", _flat(results.get("optimiser"))),
         ("Timings", timings),
         ("Hardware", _flat(results.get("hardware"))),
         ("Versions", _flat(results.get("versions"))),

@@ -32,6 +32,9 @@ def header(run: RunFolder) -> str:
     if mapping(run.results.get("task")):
         few = f": {', '.join(names)}" if 0 < len(names) <= 6 else ""
         facts.append(escape(f"{_TASKS.get(kind, kind)}{few}"))
+    method = mapping(run.results.get("optimiser")).get("method")
+    if isinstance(method, str):
+        facts.append(escape(method.split(",")[0].split(";")[0]))
     when = ended(run)
     if when:
         facts.append(f"ended {when}")

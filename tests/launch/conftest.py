@@ -110,3 +110,36 @@ def tiny(tmp_path_factory):
         pairs=f"file:{root / 'pairs.jsonl'}",
         images=f"file:{root / 'images.parquet'}",
     )
+
+
+@pytest.fixture(scope="session")
+def reviews(tmp_path_factory):
+    """A folder with a tiny BERT, its vocabulary, and two sentiment files, a.jsonl and b.jsonl."""
+    from steppe.models.encoder import EncoderConfig
+
+    root = tmp_path_factory.mktemp("reviews")
+    words = ["good", "fine", "nice", "bad", "poor", "sad", "film", "plot", "the", "a", "was"]
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    model = EncoderConfig(
+        "bert", len(vocab), 16, 2, 2, 32, 16, types=2, pooler=True, drop=0.1, attn_drop=0.1
+    ).build()
+    # Wider initial values than a pretrained model would need, so that few steps are enough.
+    params = jax.tree.map(
+        lambda x: 8.0 * x if x.ndim > 1 else x, jax.jit(model.init)(jax.random.key(0))
+    )
+    pretrained.save(root / "model", model, params)
+    (root / "model" / "vocab.txt").write_text("\n".join(vocab) + "\n")
+    (root / "model" / "tokenizer_config.json").write_text('{"do_lower_case": true}')
+    rng = random.Random(0)
+    for name in "ab":
+        rows = []
+        for number in range(160):
+            positive = rng.random() < 0.5
+            said = rng.choice(words[:3] if positive else words[3:6])
+            text = f"{rng.choice(words[8:10])} {rng.choice(words[6:8])} was {said}"
+            label = "pos" if positive else "neg"
+            rows.append({"id": f"{name}{number}", "text": text, "label": label})
+        write_lines(root / f"{name}.jsonl", rows)
+    return SimpleNamespace(
+        model=str(root / "model"), a=f"file:{root / 'a.jsonl'}", b=f"file:{root / 'b.jsonl'}"
+    )

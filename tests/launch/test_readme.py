@@ -37,11 +37,23 @@ def test_the_notebook_example(world, capsys):  # noqa: F811
     assert int(names["state"].step) == 3
 
 
+def test_the_optimiser_example():
+    import jax.numpy as jnp
+
+    names = {}
+    exec(compile(example("optim.fsam"), "README.md", "exec"), names)
+    params = {"w": jnp.ones(3)}
+    state = names["tx"].init(params)
+    assert int(state.steps) == 0
+
+
 def test_every_link_and_recipe_exists():
     text = README.read_text("utf-8")
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         assert (README.parent / target).exists(), target
-    from steppe.launch.recipes import RECIPES
+    from steppe.launch.recipes import COMPARISONS, RECIPES
 
     for recipe in re.findall(r"steppe finetune ([a-z][\w-]+)", text):
         assert recipe in RECIPES, recipe
+    for recipe in re.findall(r"steppe compare ([a-z][\w-]+)", text):
+        assert recipe in COMPARISONS, recipe

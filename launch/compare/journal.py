@@ -1,0 +1,81 @@
+"""OUT/runs.jsonl: a line for every finished trial, on the disk before the next one begins."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from steppe.launch.compare.settings import Cell
+
+FILE = "runs.jsonl"
+
+
+class Trial(NamedTuple):
+    """One training run: what makes it another one than all others.
+
+    Attributes:
+      cell, arm: see ``settings``; the arm by its name.
+      rho: radius; 0 for AdamW.
+      seed: of head, order, dropout and draw of examples.
+      reported: scored on the test split; otherwise on the validation split, to choose rho.
+    """
+
+    cell: Cell
+    arm: str
+    rho: float
+    seed: int
+    reported: bool
+
+
+class Journal:
+    """The finished trials of a folder.
+
+    A line that a kill has torn off is ignored, and overwritten by the next one.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / FILE
+        self.rows: dict[Trial, dict[str, Any]] = {}
+        # Cut off when something is written: another process may be writing it, not be killed.
+        self._torn_at: int | None = None
+        if not self.file.is_file():
+            return
+        content = self.file.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                row = json.loads(line)
+                self.rows[_trial(row)] = row
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{self.file}, line {number} is damaged ({error})") from error
+        if len(whole) < len(content):
+            self._torn_at = len(whole)
+
+    def __contains__(self, trial: Trial) -> bool:
+        return trial in self.rows
+
+    def get(self, trial: Trial) -> dict[str, Any] | None:
+        """What the trial found; None where it has not run."""
+        return self.rows.get(trial)
+
+    def add(self, trial: Trial, found: Mapping[str, Any]) -> None:
+        """Writes a finished trial."""
+        row = {**trial.cell._asdict(), **trial._asdict(), **found}
+        del row["cell"]
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        if self._torn_at is not None:
+            os.truncate(self.file, self._torn_at)
+            self._torn_at = None
+        with self.file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        self.rows[trial] = row
+
+
+def _trial(row: Mapping[str, Any]) -> Trial:
+    cell = Cell(row["source"], int(row["size"]), float(row["noise"]))
+    return Trial(cell, row["arm"], float(row["rho"]), int(row["seed"]), bool(row["reported"]))

@@ -1,0 +1,236 @@
+"""From settings to the optimiser: AdamW, or a sharpness-aware method around it.
+
+=========  ====================================  ==========================================
+method     its own settings                      gradients a step
+=========  ====================================  ==========================================
+none       (AdamW)                               1
+sam        rho, ascent                           2
+asam       rho, eta, ascent                      2
+fsam       rho, keep_ratio, refresh_every,       2
+           fisher, mask, exclude
+gsam       rho, alpha, ascent                    2
+looksam    rho, alpha, look_every                1 + 1 / look_every
+esam       rho, beta, gamma                      1 + gamma, and 2 forward passes
+=========  ====================================  ==========================================
+
+The default radii are those that suited fine-tuning of small pretrained encoders with AdamW,
+which is far below the papers' 0.05 for networks that are trained from the beginning.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from steppe.launch.config import FinetuneConfig
+
+Method = Literal["none", "sam", "asam", "fsam", "gsam", "looksam", "esam"]
+
+# method -> its settings and their defaults; rho is every method's first.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "sam": {"rho": 0.01, "ascent": "global"},
+    "asam": {"rho": 0.1, "eta": 0.01, "ascent": "global"},
+    "fsam": {
+        "rho": 0.02,
+        "keep_ratio": 0.1,
+        "refresh_every": 100,
+        "fisher": "batch",
+        "mask": "element",
+    },
+    "gsam": {"rho": 0.01, "alpha": 0.4, "ascent": "global"},
+    "looksam": {"rho": 0.01, "alpha": 0.7, "look_every": 5},
+    "esam": {"rho": 0.01, "beta": 0.5, "gamma": 0.5},
+}
+# Settings that are None until somebody gives them.
+OPTIONS = tuple(dict.fromkeys(name for own in DEFAULTS.values() for name in own))
+# All settings of this file: they are nothing to a run without a method.
+SETTINGS = ("sharpness", "rho_warmup", "exclude", *OPTIONS)
+
+
+def check(config: FinetuneConfig) -> None:
+    """Refuses settings that the method does not have, and values out of range.
+
+    Raises:
+      ValueError: naming the setting, its value and the cure.
+    """
+    method = config.sharpness
+    if method not in DEFAULTS:
+        raise ValueError(f"sharpness must be one of {', '.join(DEFAULTS)}, got {method!r}")
+    own = DEFAULTS[method]
+    given = {name: getattr(config, name) for name in OPTIONS}
+    given = {name: value for name, value in given.items() if value is not None}
+    if config.rho_warmup:
+        given["rho_warmup"] = config.rho_warmup
+    if config.exclude:
+        given["exclude"] = config.exclude
+    for name, value in given.items():
+        like = {"rho_warmup": "rho", "exclude": "mask"}.get(name, name)
+        if like in own:
+            continue
+        having = [m for m, names in DEFAULTS.items() if like in names]
+        raise ValueError(
+            f"{name}={value!r} is no setting of sharpness={method!r}; it belongs to "
+            f"sharpness {' or '.join(having)}"
+        )
+    if method != "none" and config.probe:
+        raise ValueError(
+            "probe=True fits the head without steps: it goes with sharpness='none' only, "
+            f"got {method!r}"
+        )
+    if not 0.0 <= config.rho_warmup <= 1.0:
+        raise ValueError(f"rho_warmup must be in [0, 1], got {config.rho_warmup}")
+    _check_values(given)
+
+
+def _check_values(given: dict[str, Any]) -> None:
+    for name in ("rho", "eta"):
+        value = given.get(name, 0.0)
+        if not (value >= 0 and math.isfinite(value)):
+            raise ValueError(f"{name} must be >= 0 and finite, got {value}")
+    if not 0.0 <= given.get("keep_ratio", 0.0) <= 1.0:
+        raise ValueError(f"keep_ratio must be in [0, 1], got {given['keep_ratio']}")
+    for name in ("refresh_every", "look_every"):
+        if given.get(name, 1) < 1:
+            raise ValueError(f"{name} must be >= 1, got {given[name]}")
+    if not math.isfinite(given.get("alpha", 0.0)):
+        raise ValueError(f"alpha must be a finite number, got {given['alpha']}")
+    for name in ("beta", "gamma"):
+        if not 0.0 < given.get(name, 1.0) <= 1.0:
+            raise ValueError(f"{name} must be in (0, 1], got {given[name]}")
+    if "mask" in given:
+        structure(given["mask"])
+    if "ascent" in given:
+        groups(given["ascent"])
+
+
+def options(config: FinetuneConfig) -> dict[str, Any]:
+    """The method's own settings, its defaults where none are given."""
+    given = {name: getattr(config, name) for name in DEFAULTS[config.sharpness]}
+    usual = DEFAULTS[config.sharpness]
+    return {name: usual[name] if value is None else value for name, value in given.items()}
+
+
+def resolved(config: FinetuneConfig) -> FinetuneConfig:
+    """The config with the method's defaults filled in, as it is written beside the run."""
+    return dataclasses.replace(config, **options(config))
+
+
+def structure(mask: str) -> str | tuple[int, int]:
+    """``"element"``, ``"tensor"``, ``"layer"`` or ``"N:M"`` as ``steppe.optim.fsam`` takes it.
+
+    Raises:
+      ValueError: none of these.
+    """
+    if mask in ("element", "tensor", "layer"):
+        return mask
+    kept, _, of = mask.partition(":")
+    if kept.isdigit() and of.isdigit() and 0 < int(kept) <= int(of):
+        return int(kept), int(of)
+    raise ValueError(f"mask must be element, tensor, layer or N:M with 0 < N <= M, got {mask!r}")
+
+
+def groups(ascent: str) -> str | int:
+    """``"global"``, ``"device"`` or a number of rows as ``steppe.optim.sam`` takes it.
+
+    Raises:
+      ValueError: none of these.
+    """
+    if ascent in ("global", "device"):
+        return ascent
+    if ascent.isdigit() and int(ascent):
+        return int(ascent)
+    raise ValueError(f"ascent must be global, device or a number of rows, got {ascent!r}")
+
+
+def warmed(rho: Any, share: float, steps: int) -> Any:
+    """rho that rises linearly from 0 over the first share of the steps.
+
+    Args:
+      rho: a number, or a scalar array.
+      share: of the run; 0 = rho from the first step on.
+      steps: length of the run, in updates.
+
+    Returns:
+      A schedule, or ``rho`` itself where it does not rise. The first update has radius 0 and
+      costs one gradient.
+    """
+    import jax.numpy as jnp
+
+    rise = round(share * steps)
+    if rise == 0:
+        return rho
+    return lambda step: rho * jnp.minimum(step / rise, 1.0)
+
+
+def transform(
+    config: FinetuneConfig, schedule: Callable[[Any], Any], steps: int, rho: Any = None
+) -> Any:
+    """The optax transform of a run.
+
+    Args:
+      schedule: step -> learning rate.
+      steps: length of the run, for the warm-up of rho.
+      rho: in place of the config's, such as an array that is filled in later.
+    """
+    from steppe import optim
+
+    o = config.optim
+    base = optim.adamw(schedule, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay)
+    method, own = config.sharpness, options(config)
+    if method == "none":
+        return base
+    radius = warmed(own["rho"] if rho is None else rho, config.rho_warmup, steps)
+    if method in ("sam", "asam", "gsam"):
+        ascent = groups(own["ascent"])
+        if method == "sam":
+            return optim.sam(base, radius, ascent=ascent)
+        if method == "asam":
+            return optim.asam(base, radius, eta=own["eta"], ascent=ascent)
+        return optim.gsam(base, radius, alpha=own["alpha"], ascent=ascent)
+    if method == "looksam":
+        return optim.looksam(base, radius, every=own["look_every"], alpha=own["alpha"])
+    if method == "esam":
+        return optim.esam(base, radius, beta=own["beta"], gamma=own["gamma"], seed=config.seed)
+    return optim.fsam(
+        base,
+        radius,
+        keep_ratio=own["keep_ratio"],
+        refresh_every=own["refresh_every"],
+        fisher=own["fisher"],
+        structure=structure(own["mask"]),
+        exclude=config.exclude,
+    )
+
+
+def gradients(config: FinetuneConfig) -> float:
+    """Gradients that a step takes, on average over a run and apart from a warm-up of rho."""
+    own = options(config)
+    if config.sharpness == "none" or own["rho"] == 0:
+        return 1.0
+    if config.sharpness == "looksam":
+        return 1.0 + 1.0 / float(own["look_every"])
+    if config.sharpness == "esam":  # a forward pass is about a third of a gradient
+        share = float(own["gamma"])
+        return 1.0 + share + (2.0 / 3.0 if share < 1.0 else 0.0)
+    return 2.0
+
+
+def describe(config: FinetuneConfig) -> str:
+    """The optimiser in a few words: ``FSAM, rho 0.02, keep_ratio 0.1; 2 gradients a step``."""
+    if config.sharpness == "none":
+        return "AdamW; 1 gradient a step"
+    usual = DEFAULTS[config.sharpness]
+    said = [
+        f"{name} {value:g}" if isinstance(value, (int, float)) else f"{name} {value}"
+        for name, value in options(config).items()
+        if value != usual[name] or name not in ("fisher", "mask", "eta", "ascent")
+    ]
+    if config.rho_warmup:
+        said.append(f"rho rising over the first {config.rho_warmup:.0%} of the steps")
+    cost = gradients(config)
+    what = {"looksam": "LookSAM"}.get(config.sharpness, config.sharpness.upper())
+    return f"{what} on AdamW, {', '.join(said)}; {cost:.3g} gradients a step"
