@@ -24,17 +24,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from steppe.optim import check
+from steppe.optim.check import Radius
 from steppe.optim.keys import key_words, leaf_key
 from steppe.optim.perturbation import Perturbation, dimensions, displace, l2
-from steppe.optim.sam import (
-    First,
-    Radius,
-    at_radius,
-    check_base,
-    check_radius,
-    require,
-    static_zero,
-)
+from steppe.optim.sam import First, at_radius, static_zero
 
 
 class EsamState(NamedTuple):
@@ -65,7 +59,7 @@ def esam(
     Args:
       base: what turns the second gradient into an update.
       rho: radius of the ball, >= 0: a number, a schedule, or an injected array; 0 is the base
-        optimiser.
+        optimiser. With ``optax.inject_hyperparams`` beta, gamma and seed are ``static_args``.
       beta: share of the tensors that is perturbed, each by 1 / beta times as much; 1 = all.
       gamma: share of the batch's rows that the second gradient is taken on; 1 = all, without
         the two forward passes that selecting takes. At least one row is kept.
@@ -75,7 +69,8 @@ def esam(
     ``update`` needs ``grad_fn``, and for gamma < 1 also ``losses_fn(params) -> [B]``, the loss of
     every row in nats, and ``subset_grad_fn(params, rows) -> gradient`` of the mean loss of the
     rows with these int32 numbers [k]; ``train.step.make`` passes all of them. A row whose
-    increase is not a number is chosen last.
+    increase is not a number is chosen last: so ``losses_fn`` marks rows that weigh nothing, such
+    as those that fill a batch up, by NaN. gamma B counts them.
 
     Raises:
       ValueError: rho is negative or NaN, beta or gamma is outside (0, 1]; from ``update``, a
@@ -83,10 +78,10 @@ def esam(
       TypeError: base is not an optax transform, seed is not an integer or key.
     """
     for name, share in (("beta", beta), ("gamma", gamma)):
-        if not 0.0 < share <= 1.0:
-            raise ValueError(f"{name} must be in (0, 1], got {share}")
-    check_radius(rho)
-    base = check_base(base)
+        check.number(share, name, "in (0, 1]", check.share)
+    check.function(perturbation, "perturbation", "(g, w, rho) -> e")
+    check.radius(rho)
+    base = check.base(base)
     perturb = perturbation or l2()
     words = key_words(seed)
 
@@ -104,7 +99,8 @@ def esam(
         ascent: Any = None,
         **extra: Any,
     ) -> tuple[Any, EsamState]:
-        first = First.of(grads, require(grad_fn, params), params, ascent)
+        check.state(state, EsamState, "esam")
+        first = First.of(grads, check.grad_fn(grad_fn, params), params, ascent)
         if gamma < 1 and not static_zero(rho) and (losses_fn is None or subset_grad_fn is None):
             missing = "losses_fn" if losses_fn is None else "subset_grad_fn"
             raise ValueError(

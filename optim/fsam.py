@@ -12,12 +12,14 @@ Zhong, Ding, Shen, Mi, Liu, Du, Tao, Findings of EMNLP 2022, arXiv 2210.05497.
 Deviations: the published code leaves biases and embeddings out of the mask and gives them the
 whole perturbation (``exclude=..., excluded_mode="full"``), and perturbs with zeros in the steps
 that refresh the mask (``plain_refresh=True``); the paper, which is followed by default, does
-neither. Entries that tie at the threshold are all perturbed. With a first gradient that is cut
+neither. Entries that tie at the threshold are all perturbed, and so are those whose square
+underflows to 0 where the share reaches down to them. With a first gradient that is cut
 (``steppe.train.ascent``) the share is that of the part above the cut, and so is the norm.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -25,19 +27,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from steppe.optim import check
 from steppe.optim import fisher as fisher_
 from steppe.optim import structure as structure_
-from steppe.optim.perturbation import Perturbation, displace, global_norm, l2
-from steppe.optim.sam import (
-    First,
-    Radius,
-    at_radius,
-    check_base,
-    check_radius,
-    require,
-    static_zero,
-    two_gradients,
-)
+from steppe.optim.check import Radius
+from steppe.optim.perturbation import Perturbation, displace, l2
+from steppe.optim.sam import First, at_radius, static_zero, two_gradients
 
 # "element", "tensor" (whole tensors, one a layer), "layer", ("head", heads) or ("head", heads,
 # kv_heads), or (N, M): N of every M neighbours.
@@ -78,7 +73,8 @@ def fsam(
 
     Args:
       base: what turns the second gradient into an update.
-      rho: radius of the ball, >= 0: a number, a schedule, or an injected array.
+      rho: radius of the ball, >= 0: a number, a schedule, or an injected array. With
+        ``optax.inject_hyperparams`` keep_ratio and plain_refresh are ``static_args``.
       keep_ratio: share of the candidate entries that is perturbed; 0 is the base optimiser,
         1 is SAM. Tune rho with it: the perturbation shrinks with the share.
       refresh_every: updates that a mask serves.
@@ -100,11 +96,18 @@ def fsam(
       TypeError: base is not an optax transform.
     """
     _check(keep_ratio, refresh_every, fisher, structure, excluded_mode)
-    check_radius(rho)
-    base = check_base(base)
+    check.flag(plain_refresh, "plain_refresh")
+    check.function(perturbation, "perturbation", "(g, w, rho) -> e")
+    check.radius(rho)
+    base = check.base(base)
     perturb = perturbation or l2()
     whole = structure in WHOLE or structure[0] == "head"
-    exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    exclude = _patterns(exclude)
+    if excluded_mode == "full" and not exclude:
+        raise ValueError(
+            "excluded_mode='full' perturbs what exclude names, and exclude is empty: give "
+            "exclude, or leave excluded_mode='zero'"
+        )
     if whole and keep_ratio == 1 and not exclude and not plain_refresh:
         return two_gradients(base, rho, perturb, lambda g, sharp: sharp)
     off = (whole and keep_ratio == 0 and (not exclude or excluded_mode == "zero")) or static_zero(
@@ -121,7 +124,7 @@ def fsam(
         if structure == "element":
             return fisher_.elementwise(scores, ratio, chosen, excluded)
         if structure == "tensor":
-            return fisher_.tensorwise(scores, ratio, chosen, excluded)
+            return structure_.tensorwise(scores, ratio, chosen, excluded)
         if structure == "layer":
             return structure_.layerwise(scores, ratio, chosen, excluded)
         if structure[0] == "head":
@@ -132,7 +135,9 @@ def fsam(
         return fisher_.n_of_m(scores, int(structure[0]), int(structure[1]), chosen, excluded)
 
     def init(params: Any) -> FsamState:
-        fisher_.candidates(params, exclude)
+        chosen = fisher_.candidates(params, exclude)
+        if not whole:
+            fisher_.check_neighbours(params, int(structure[1]), chosen)
         mask = jax.tree.map(lambda w: jnp.zeros(w.shape, bool), params)
         return FsamState(jnp.zeros((), jnp.int32), base.init(params), mask, jnp.int32(-1))
 
@@ -146,7 +151,8 @@ def fsam(
         ascent: Any = None,
         **extra: Any,
     ) -> tuple[Any, FsamState]:
-        first = First.of(grads, require(grad_fn, params), params, ascent)
+        check.state(state, FsamState, "fsam")
+        first = First.of(grads, check.grad_fn(grad_fn, params), params, ascent)
         if off:
             updates, inner = base.update(grads, state.base, params, grad_fn=grad_fn, **extra)
             return updates, state._replace(steps=optax.safe_increment(state.steps), base=inner)
@@ -162,7 +168,7 @@ def fsam(
             own = fisher == "batch"
             scores = fisher_.square(first.direction) if own else fisher_fn(params)
             # A gradient that is not a number says nothing: keep the mask, try again next time.
-            good = jnp.isfinite(global_norm(scores))
+            good = jnp.array([jnp.isfinite(s).all() for s in jax.tree.leaves(scores)]).all()
             made = make_mask(scores, first.live)
             mask = jax.tree.map(lambda new, old: jnp.where(good, new, old), made, state.mask)
             return mask, jnp.where(good, 0, state.age)
@@ -193,12 +199,9 @@ def fsam(
 def _check(
     keep_ratio: float, refresh_every: int, fisher: str, structure: Structure, excluded_mode: str
 ) -> None:
-    if not 0.0 <= keep_ratio <= 1.0:
-        raise ValueError(f"keep_ratio must be in [0, 1], got {keep_ratio}")
-    if refresh_every < 1 or int(refresh_every) != refresh_every:
-        raise ValueError(
-            f"refresh_every must be a whole number of updates >= 1, got {refresh_every}"
-        )
+    check.number(keep_ratio, "keep_ratio", "in [0, 1]", check.within(0, 1))
+    wanted = "a whole number of updates >= 1"
+    check.number(refresh_every, "refresh_every", wanted, check.whole, array=True)
     if fisher not in ("batch", "per_sample"):
         raise ValueError(f"fisher must be 'batch' or 'per_sample', got {fisher!r}")
     if excluded_mode not in ("zero", "full"):
@@ -215,6 +218,19 @@ def _check(
         "structure must be 'element', 'tensor', 'layer', ('head', heads), ('head', heads, "
         f"kv_heads) or (N, M) with 0 < N <= M, got {structure!r}"
     )
+
+
+def _patterns(exclude: Any) -> tuple[str, ...]:
+    exclude = (exclude,) if isinstance(exclude, str) else exclude
+    try:
+        patterns = tuple(exclude)
+        for pattern in patterns:
+            re.compile(pattern)
+    except (TypeError, re.error) as error:
+        raise ValueError(
+            f"exclude must be regular expressions on paths, such as ('embed/.*',), got {exclude!r}"
+        ) from error
+    return patterns
 
 
 def _share(keep_ratio: float, scores: Any, chosen: Any, live: Any, *, entries: bool) -> float:

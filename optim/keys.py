@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from steppe.optim import check
 from steppe.optim.fisher import path_of
 
 
@@ -22,9 +23,12 @@ def key_words(seed: Any) -> jax.Array:
 
     Raises:
       TypeError: seed is neither.
+      ValueError: seed is an array of a number.
     """
     if isinstance(seed, jax.Array) and jax.dtypes.issubdtype(seed.dtype, jax.dtypes.prng_key):
         return jax.random.key_data(seed)
+    if isinstance(seed, jax.Array):
+        check.number(seed, "seed", "", check.whole)
     if isinstance(seed, bool) or not hasattr(seed, "__index__"):
         raise TypeError(
             f"seed must be an integer or a key from jax.random.key, got {type(seed).__name__}"

@@ -4,33 +4,31 @@
                    g_v = g_s - <g_s, g> g / |g|^2 is kept
   in between       the base optimiser gets g + alpha * |g| / |g_v| * g_v: no second gradient
 
-With a cheaper first gradient (see ``steppe.train.ascent``) g of the k-th step is that one; the
-steps in between take the gradient of the whole batch in their own branch.
+Where rho is 0 a step is one of the base optimiser and costs one gradient; a k-th one keeps nothing.
+A g_v of less than 1e-6 of |g_s| is rounding and is not kept either, or it would be scaled up to
+the gradient's size in between. A cheaper first gradient (``steppe.train.ascent``) is refused:
+g_s - g of different rows or leaves is not sharpness but sampling noise.
 
 Liu et al., CVPR 2022, arXiv 2203.02714.
 """
 
 from __future__ import annotations
 
+import math
+import numbers
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from steppe.optim.perturbation import displace, global_norm, l2
-from steppe.optim.sam import (
-    First,
-    Radius,
-    check_base,
-    check_finite,
-    check_radius,
-    dot,
-    radius_at,
-    require,
-    safe_divide,
-    static_zero,
-)
+from steppe.optim import check
+from steppe.optim.check import Radius
+from steppe.optim.perturbation import displace, dot, global_norm, l2
+from steppe.optim.sam import radius_at, safe_divide, static_zero
+
+# Share of the sharp gradient below which g_v is rounding.
+ROUNDING = 1e-6
 
 
 class LookSamState(NamedTuple):
@@ -58,14 +56,14 @@ def looksam(
       alpha: weight of the kept direction.
 
     Raises:
-      ValueError: every < 1, alpha is not finite, rho is negative or NaN.
+      ValueError: every < 1, alpha is not finite, rho is negative or NaN; from ``update``, a
+        cheaper first gradient.
       TypeError: base is not an optax transform.
     """
-    if every < 1 or int(every) != every:
-        raise ValueError(f"every must be a whole number >= 1, got {every}")
-    check_finite(alpha, "alpha")
-    base = check_base(base)
-    check_radius(rho)
+    check.number(every, "every", "a whole number of steps >= 1", check.whole, array=True)
+    check.number(alpha, "alpha", "a finite number", check.within(-math.inf), array=True)
+    base = check.base(base)
+    check.radius(rho)
     perturb = l2()
 
     def init(params: Any) -> LookSamState:
@@ -81,24 +79,31 @@ def looksam(
         ascent: Any = None,
         **extra: Any,
     ) -> tuple[Any, LookSamState]:
-        first = First.of(grads, require(grad_fn, params), params, ascent)
+        check.state(state, LookSamState, "looksam")
+        check.no_ascent(ascent, "looksam")
+        gradient, g = check.grad_fn(grad_fn, params), grads
         radius = radius_at(rho, state.steps)
+        due = state.steps % every == 0
+
+        def stay(_: None) -> tuple[Any, Any]:
+            return g, jax.tree.map(lambda v: jnp.where(due, 0.0, v), state.direction)
 
         def look(_: None) -> tuple[Any, Any]:
-            g = first.direction
-            sharp = first.grad_fn(displace(params, perturb(g, params, radius)))
+            sharp = gradient(displace(params, perturb(g, params, radius)))
             share = safe_divide(dot(sharp, g), dot(g, g))
             kept = jax.tree.map(
                 lambda s, g: s.astype(jnp.float32) - share * g.astype(jnp.float32), sharp, g
             )
+            some = ~(global_norm(kept) <= ROUNDING * global_norm(sharp))
+            kept = jax.tree.map(lambda v: jnp.where(some, v, 0.0), kept)
             # A step that went wrong must not live on in the steps that follow.
             good = jnp.isfinite(global_norm(kept))
             kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), kept, state.direction)
             return sharp, kept
 
         def reuse(_: None) -> tuple[Any, Any]:
-            g = first.plain()
             scale = alpha * safe_divide(global_norm(g), global_norm(state.direction))
+            scale = jnp.where(jnp.isnan(radius), radius, scale)  # a bad rho is seen here too
             used = jax.tree.map(
                 lambda g, v: (g.astype(jnp.float32) + scale * v).astype(g.dtype),
                 g,
@@ -106,12 +111,17 @@ def looksam(
             )
             return used, state.direction
 
+        def step(_: None) -> tuple[Any, Any]:
+            if isinstance(every, int) and every == 1:
+                return look(None)
+            return jax.lax.cond(due, look, reuse, None)
+
         if static_zero(rho):
             final, kept = grads, state.direction
-        elif every == 1:
-            final, kept = look(None)
+        elif isinstance(rho, numbers.Real):
+            final, kept = step(None)
         else:
-            final, kept = jax.lax.cond(state.steps % every == 0, look, reuse, None)
+            final, kept = jax.lax.cond(radius == 0, stay, step, None)
         updates, inner = base.update(final, state.base, params, grad_fn=grad_fn, **extra)
         return updates, LookSamState(optax.safe_increment(state.steps), inner, kept)
 

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from steppe.models.tree import STACK
+from steppe.optim import check
 
 # (gradient, parameters, rho) -> e, all trees of one structure.
 Perturbation: TypeAlias = Callable[[Any, Any, Any], Any]
@@ -30,6 +31,14 @@ def global_norm(tree: Any) -> jax.Array:
     """L2 norm over all leaves together, float32 scalar."""
     squares = [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)]
     return jnp.sqrt(sum(squares, jnp.float32(0)))
+
+
+def dot(left: Any, right: Any) -> jax.Array:
+    """Inner product over all leaves, float32 scalar."""
+    products = jax.tree.map(
+        lambda a, b: jnp.sum(a.astype(jnp.float32) * b.astype(jnp.float32)), left, right
+    )
+    return sum(jax.tree.leaves(products), jnp.float32(0))
 
 
 def l2(*, delta: float = DELTA) -> Perturbation:
@@ -59,25 +68,34 @@ def adaptive(
       delta: added to the norm.
 
     Raises:
-      ValueError: eta < 0, or scaled is neither.
+      ValueError: eta is no finite number >= 0, or scaled is neither.
     """
-    if not eta >= 0:
-        raise ValueError(f"eta must be >= 0, got {eta}")
+    check.number(eta, "eta", ">= 0 and finite", check.within(0), array=True)
     if scaled not in ("matrices", "all"):
         raise ValueError(f"scaled must be 'matrices' or 'all', got {scaled!r}")
 
     def perturb(grads: Any, params: Any, rho: Any) -> Any:
-        def size(path: Any, w: jax.Array) -> jax.Array:
-            if scaled == "all" or dimensions(path, w) >= 2:
-                return jnp.abs(w.astype(jnp.float32)) + eta
-            return jnp.ones((), jnp.float32)
-
-        t = jax.tree_util.tree_map_with_path(size, params)
+        t = sizes(params, eta, scaled)
         tg = jax.tree.map(lambda t, g: t * g.astype(jnp.float32), t, grads)
         scale = _scale(rho, global_norm(tg), delta)
         return jax.tree.map(lambda t, tg: t * tg * scale, t, tg)
 
     return perturb
+
+
+def sizes(params: Any, eta: Any, scaled: str) -> Any:
+    """T of :func:`adaptive`: |w| + eta on the leaves that are scaled, 1 on the others.
+
+    Args:
+      scaled: "matrices", "all" or "none".
+    """
+
+    def size(path: Any, w: jax.Array) -> jax.Array:
+        if scaled == "all" or (scaled == "matrices" and dimensions(path, w) >= 2):
+            return jnp.abs(w.astype(jnp.float32)) + eta
+        return jnp.ones((), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(size, params)
 
 
 def dimensions(path: Any, leaf: Any) -> int:

@@ -16,6 +16,8 @@ from typing import Any, Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from steppe.optim.topk import bits
+
 Method: TypeAlias = Literal["exact", "histogram"]
 BINS = 4096
 
@@ -40,15 +42,10 @@ def relative_rank(tree: Any, method: Method = "exact") -> Any:
     entries = sum(leaf.size for leaf in leaves)
     if entries >= 1 << 31:
         raise ValueError(f"a tree of at most 2^31 - 1 entries can be ranked, got {entries}")
-    patterns = [_bits(leaf) for leaf in leaves]
+    patterns = [bits(leaf) for leaf in leaves]
     ranks = _exact(patterns) if method == "exact" else _histogram(patterns)
     scale = jnp.float32(max(entries - 1, 1))
     return jax.tree.unflatten(structure, [rank / scale for rank in ranks])
-
-
-def _bits(leaf: jax.Array) -> jax.Array:
-    value = leaf.astype(jnp.float32)
-    return jax.lax.bitcast_convert_type(jnp.where(value > 0, value, 0.0), jnp.int32)
 
 
 @jax.jit

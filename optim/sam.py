@@ -10,8 +10,16 @@ micro-batches and on a mesh both are those of the whole batch. ``ascent="device"
 size gives m-sharpness, where only the sum is exchanged (see ``steppe.train.groups``).
 
 A step may hand over a cheaper first gradient (``update``'s ``ascent``, see
-``steppe.train.ascent``): it then takes the place of g everywhere above, and where a scheduled
-rho is 0 the gradient of the whole batch is computed in that branch only.
+``steppe.train.ascent``): it then takes the place of g above, and where a scheduled rho is 0 the
+gradient of the whole batch is computed in that branch only. GSAM refuses it: the difference of
+gradients of different rows or leaves does not vanish with rho.
+
+In a chain, what stands before SAM changes the first gradient only, so the direction of e and
+not what the base gets: a mask or a clip belongs inside, ``sam(chain(selective_gradient(...),
+adamw(...)))``, and a clip of both gradients into ``train.step.make(clip_norm=)``.
+
+``optax.inject_hyperparams`` may fill in rho, eta and alpha; what a program depends on (group
+sizes, keep_ratio, beta, gamma, seed) it must be told of as ``static_args``, which errors name.
 
 Accumulation: ``train.step.make(microbatches=k)`` is exact. Outside of it, where k batches come
 one after another, ``sam(optax.MultiSteps(base, k))`` is right: each batch climbs by its own
@@ -30,6 +38,7 @@ is the whole batch on any number of devices.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -37,15 +46,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from steppe.optim.perturbation import Perturbation, adaptive, displace, l2
-
-GradFn: TypeAlias = Callable[[Any], Any]
-# A number, a schedule (step -> number), or an array that ``inject_hyperparams`` fills in.
-Radius: TypeAlias = Any
-
+from steppe.optim import check
+from steppe.optim.check import GradFn, Radius
+from steppe.optim.perturbation import Perturbation, adaptive, displace, dot, l2
 
 # "global", "device", or the rows of a group.
-Ascent: TypeAlias = str | int
+Groups: TypeAlias = str | int
 
 
 class SamState(NamedTuple):
@@ -65,13 +71,15 @@ def sam(
     rho: Radius = 0.05,
     *,
     perturbation: Perturbation | None = None,
-    ascent: Ascent = "global",
+    ascent: Groups = "global",
 ) -> optax.GradientTransformationExtraArgs:
     """SAM around any optax optimiser.
 
     Args:
       base: what turns the second gradient into an update.
-      rho: radius of the ball, >= 0; 0 is the base optimiser, without a second gradient.
+      rho: radius of the ball, >= 0; 0 is the base optimiser, without a second gradient: bit for
+        bit as a number, and to 1e-6 where a schedule or an injected array is 0, since a program
+        that branches rounds differently. Where those fall below 0 the update is NaN.
       perturbation: ``(g, w, rho) -> e``; default :func:`steppe.optim.perturbation.l2`.
       ascent: whose gradient is climbed by: "global" = the whole batch's, "device" = that of the
         rows on each device (without a mesh that is the whole batch), or a number of rows: that
@@ -92,7 +100,7 @@ def asam(
     *,
     eta: float = 0.01,
     scaled: Literal["matrices", "all"] = "matrices",
-    ascent: Ascent = "global",
+    ascent: Groups = "global",
 ) -> optax.GradientTransformationExtraArgs:
     """Adaptive SAM: the ball scales with the parameters, so rho is about ten times SAM's.
 
@@ -113,7 +121,7 @@ def gsam(
     rho: Radius = 0.05,
     *,
     alpha: float = 0.4,
-    ascent: Ascent = "global",
+    ascent: Groups = "global",
 ) -> optax.GradientTransformationExtraArgs:
     """Gap-guided SAM: the sharp gradient less alpha times the part of g orthogonal to it.
 
@@ -124,16 +132,17 @@ def gsam(
       ascent: see :func:`sam`; the gap is between the gradients of the whole batch.
 
     Raises:
-      ValueError: rho is negative or NaN, alpha is not finite, another ascent.
+      ValueError: rho is negative or NaN, alpha is not finite, another ascent; from ``update``,
+        a cheaper first gradient (``train.step.make(ascent=)``).
       TypeError: base is not an optax transform.
     """
-    check_finite(alpha, "alpha")
+    check.number(alpha, "alpha", "a finite number", check.within(-math.inf), array=True)
 
     def combine(g: Any, sharp: Any) -> Any:
         share = safe_divide(dot(g, sharp), dot(sharp, sharp))
         return jax.tree.map(lambda g, s: (s - alpha * (g - share * s)).astype(s.dtype), g, sharp)
 
-    return two_gradients(base, rho, l2(), combine, ascent)
+    return two_gradients(base, rho, l2(), combine, ascent, exact="gsam")
 
 
 def rho_like(
@@ -146,19 +155,31 @@ def rho_like(
 ) -> optax.Schedule:
     """A schedule of rho that is linear in the learning rate, as GSAM has it.
 
+    Rates outside of [lowest, highest] give ``rho_min`` and ``rho_max``.
+
     Args:
       learning_rate: schedule of the rate.
       lowest, highest: rates at which rho is ``rho_min`` and ``rho_max``.
 
     Raises:
-      ValueError: highest <= lowest, or a negative rho.
+      ValueError: highest <= lowest, a negative rho, or rho_max < rho_min.
+      TypeError: learning_rate is no schedule.
     """
+    if not callable(learning_rate):
+        raise TypeError(
+            "learning_rate must be a schedule, step -> rate, got "
+            f"{type(learning_rate).__name__}; of a number take optax.constant_schedule"
+        )
+    check.number(rho_min, "rho_min", "a finite number >= 0", check.within(0))
+    check.number(rho_max, "rho_max", "a finite number >= rho_min", check.within(rho_min))
     if not highest > lowest:
         raise ValueError(f"highest must be > lowest, got {highest} and {lowest}")
-    for name, value in (("rho_min", rho_min), ("rho_max", rho_max)):
-        _check_radius(value, name)
-    slope = (rho_max - rho_min) / (highest - lowest)
-    return lambda step: rho_min + slope * (learning_rate(step) - lowest)
+
+    def rho(step: Any) -> jax.Array:
+        share = (learning_rate(step) - lowest) / (highest - lowest)
+        return jnp.clip(rho_min + (rho_max - rho_min) * share, rho_min, rho_max)
+
+    return rho
 
 
 def two_gradients(
@@ -166,7 +187,9 @@ def two_gradients(
     rho: Radius,
     perturbation: Perturbation,
     combine: Callable[[Any, Any], Any],
-    groups: Ascent = "global",
+    groups: Groups = "global",
+    *,
+    exact: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The frame of SAM and its kin: ``base`` gets ``combine(g, dL(w + e))``.
 
@@ -174,13 +197,15 @@ def two_gradients(
       base, rho, perturbation: see :func:`sam`.
       combine: ``(g, sharp) -> gradient`` for the base optimiser.
       groups: ``ascent`` of :func:`sam`.
+      exact: name of a method that refuses a cheaper first gradient.
 
     Raises:
       ValueError, TypeError: as :func:`sam`.
     """
-    base = check_base(base)
-    check_radius(rho)
-    check_ascent(groups)
+    base = check.base(base)
+    check.radius(rho)
+    check.groups(groups)
+    check.function(perturbation, "perturbation", "(g, w, rho) -> e")
 
     def init(params: Any) -> SamState:
         return SamState(jnp.zeros((), jnp.int32), base.init(params))
@@ -195,9 +220,12 @@ def two_gradients(
         ascent: Any = None,
         **extra: Any,
     ) -> tuple[Any, SamState]:
-        first = First.of(grads, require(grad_fn, params), params, ascent)
+        check.state(state, SamState, "this one")
+        if exact is not None:
+            check.no_ascent(ascent, exact)
+        first = First.of(grads, check.grad_fn(grad_fn, params), params, ascent)
         if groups != "global" and not static_zero(rho):
-            require_groups(group_fn, groups, ascent)
+            check.group_fn(group_fn, groups, ascent)
 
         def climb(radius: Any) -> Any:
             def displaced(w: Any, g: Any) -> Any:
@@ -261,119 +289,21 @@ def at_radius(
     """
     if static_zero(rho):
         return stay()
-    if isinstance(rho, (int, float)):
+    if isinstance(rho, numbers.Real):
         return climb(rho)
     radius = radius_at(rho, steps)
     return jax.lax.cond(radius == 0, lambda _: stay(), climb, radius)
 
 
 def radius_at(rho: Radius, steps: jax.Array) -> jax.Array:
-    """rho at this update, float32 scalar."""
-    return jnp.asarray(rho(steps) if callable(rho) else rho, jnp.float32)
+    """rho at this update, float32 scalar; NaN where it is below 0, so that it is seen."""
+    radius = jnp.asarray(rho(steps) if callable(rho) else rho, jnp.float32)
+    return jnp.where(radius >= 0, radius, jnp.nan)
 
 
 def static_zero(rho: Radius) -> bool:
     """Whether rho is the number 0."""
-    return isinstance(rho, (int, float)) and rho == 0
-
-
-def check_base(base: Any) -> optax.GradientTransformationExtraArgs:
-    """``base`` as a transform that takes extra arguments.
-
-    Raises:
-      TypeError: it has no ``init`` and ``update``.
-    """
-    if not (callable(getattr(base, "init", None)) and callable(getattr(base, "update", None))):
-        raise TypeError(
-            f"base must be an optax transform such as optax.adamw(1e-4), got {type(base).__name__}"
-        )
-    return optax.with_extra_args_support(base)
-
-
-def check_radius(rho: Radius) -> None:
-    """Checks a rho that is a number; schedules and arrays are only known later.
-
-    Raises:
-      ValueError: it is negative, NaN or infinite.
-    """
-    if callable(rho) or isinstance(rho, jax.core.Tracer):
-        return
-    try:
-        value = float(rho)
-    except (TypeError, ValueError):
-        value = math.nan
-    if isinstance(rho, bool) or math.isnan(value):
-        raise ValueError(f"rho must be a number >= 0 or a schedule, got {rho!r}")
-    _check_radius(value, "rho")
-
-
-def _check_radius(value: float, name: str) -> None:
-    if not (value >= 0 and math.isfinite(value)):
-        raise ValueError(f"{name} must be >= 0 and finite, got {value}")
-
-
-def check_finite(value: Any, name: str) -> None:
-    """Refuses a number that is NaN or infinite."""
-    if isinstance(value, (int, float)) and not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, got {value}")
-
-
-def check_ascent(ascent: Any) -> None:
-    """Checks what ``sam`` takes as ``ascent``.
-
-    Raises:
-      ValueError: it is neither "global" nor "device" nor a whole number >= 1.
-    """
-    whole = isinstance(ascent, int) and not isinstance(ascent, bool) and ascent >= 1
-    if not whole and not (isinstance(ascent, str) and ascent in ("global", "device")):
-        raise ValueError(
-            f"ascent must be 'global', 'device' or a number of rows >= 1, got {ascent!r}"
-        )
-
-
-def require_groups(group_fn: Any, groups: Ascent, ascent: Any) -> None:
-    """Checks what a transform with groups was given.
-
-    Raises:
-      ValueError: no ``group_fn``, or a direction of the whole batch beside groups.
-    """
-    if group_fn is None:
-        raise ValueError(
-            f"ascent={groups!r} needs group_fn, a function (params, displaced, ascent) -> gradient "
-            "over groups of rows: pass tx.update(..., group_fn=...); train.step.make does so"
-        )
-    if ascent is not None:
-        raise ValueError(
-            f"ascent={groups!r} takes its directions from groups of rows: leave out ascent= of "
-            "train.step.make, or use ascent='global' in the transform"
-        )
-
-
-def require(grad_fn: Any, params: Any) -> GradFn:
-    """``grad_fn``, which every update of a two-gradient transform needs.
-
-    Raises:
-      ValueError: it, or params, was not passed to ``update``.
-    """
-    if params is None:
-        raise ValueError("update needs params: pass tx.update(grads, state, params, grad_fn=...)")
-    if grad_fn is None:
-        raise ValueError(
-            "update needs grad_fn, a function params -> gradient on the same batch: pass "
-            "tx.update(grads, state, params, grad_fn=...); train.step.make does so. "
-            "optax.MultiSteps around this transform loses it: use train.step.make(microbatches=k), "
-            "or put MultiSteps inside, sam(optax.MultiSteps(base, k))"
-        )
-    found: GradFn = grad_fn
-    return found
-
-
-def dot(left: Any, right: Any) -> jax.Array:
-    """Inner product over all leaves, float32 scalar."""
-    products = jax.tree.map(
-        lambda a, b: jnp.sum(a.astype(jnp.float32) * b.astype(jnp.float32)), left, right
-    )
-    return sum(jax.tree.leaves(products), jnp.float32(0))
+    return isinstance(rho, numbers.Real) and rho == 0
 
 
 def safe_divide(top: jax.Array, bottom: jax.Array) -> jax.Array:

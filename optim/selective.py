@@ -7,6 +7,8 @@
 
 The masked gradient is what follows in the chain, so that Adam's moments see zeros while
 decoupled weight decay still acts on everything: ``chain(selective_gradient(...), adamw(...))``.
+With SAM that chain is the base, ``sam(chain(selective_gradient(...), adamw(...)))``: it masks the
+second gradient. Before SAM it would only turn the direction that is climbed in.
 
 Kim et al., RoAST, Findings of EMNLP 2023, arXiv 2312.04032.
 
@@ -17,7 +19,6 @@ Entries that tie (unused rows, whose gradient is 0) share their mean rank.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -25,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from steppe.optim import check
 from steppe.optim.fisher import path_of
 from steppe.optim.keys import key_words, leaf_key
 from steppe.optim.perturbation import global_norm
@@ -67,7 +69,7 @@ def selective_gradient(
     resample: Resample = "epoch",
     seed: Any = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    """Masks gradients by importance; put it before the optimiser.
+    """Masks gradients by importance; put it right before the optimiser, inside of SAM.
 
     Every update adds its gradient, before masking, to the importance. With ``resample="epoch"``
     call :func:`refresh_mask` on the state between epochs; with a number n the update does so
@@ -87,7 +89,7 @@ def selective_gradient(
 
     Raises:
       ValueError: an argument out of range; from ``init``, no leaf is covered.
-      TypeError: covered is not callable, seed is not an integer or key.
+      TypeError: covered is not callable or answers with a string, seed is not an integer or key.
     """
     _check(alpha, beta, max_scale, resample)
     if not callable(covered):
@@ -95,10 +97,16 @@ def selective_gradient(
     words = key_words(seed)
     every = resample if isinstance(resample, int) else None
 
+    def mine_is(path: str) -> bool:
+        found = covered(path)
+        if isinstance(found, str):  # "no" would be true
+            raise TypeError(f"covered({path!r}) must be True or False, got {found!r}")
+        return bool(found)
+
     def own(tree: Any) -> Any:
         """The covered leaves."""
         return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: leaf if covered(path_of(path)) else optax.MaskedNode(), tree
+            lambda path, leaf: leaf if mine_is(path_of(path)) else optax.MaskedNode(), tree
         )
 
     def init(params: Any) -> SelectiveState:
@@ -228,12 +236,10 @@ def _node(value: Any) -> bool:
 
 
 def _check(alpha: float, beta: float, max_scale: float | None, resample: Resample) -> None:
-    if not 0.0 <= alpha <= 1.0:
-        raise ValueError(f"alpha must be in [0, 1], got {alpha}")
-    if not beta >= 0:
-        raise ValueError(f"beta must be >= 0, got {beta}")
-    if max_scale is not None and not (max_scale >= 1 and not math.isnan(max_scale)):
-        raise ValueError(f"max_scale must be >= 1, or None, got {max_scale}")
+    check.number(alpha, "alpha", "in [0, 1]", check.within(0, 1), array=True)
+    check.number(beta, "beta", ">= 0", lambda value: value >= 0, array=True)
+    if max_scale is not None:
+        check.number(max_scale, "max_scale", ">= 1, or None", lambda value: value >= 1, array=True)
     number = isinstance(resample, int) and not isinstance(resample, bool) and resample >= 1
     if resample not in ("epoch", "step") and not number:
         raise ValueError(

@@ -1,9 +1,10 @@
-"""Masks of whole groups of entries: a transformer layer, or an attention head.
+"""Masks of whole groups of entries: a tensor, a transformer layer, or an attention head.
 
   score of a group = mean Fisher information of its entries
   groups are taken in order of their score while the entries taken so far are fewer than
   keep_ratio of all candidates
 
+  tensor  one leaf, of a stacked leaf one layer
   layer   everything below ``layers`` with one layer number; what lies outside of a stack is
           grouped by the first part of its path (``embed``, ``head``)
   head    of every attention block the columns of q, k, v and the rows of o that serve one head,
@@ -45,6 +46,15 @@ def layerwise(fisher: Any, keep_ratio: float, chosen: Any, excluded: bool) -> An
       excluded: value of the mask on the other leaves.
     """
     return groupwise(fisher, keep_ratio, chosen, excluded, _layer_names)
+
+
+def tensorwise(fisher: Any, keep_ratio: float, chosen: Any, excluded: bool) -> Any:
+    """Bool tree: whole tensors, those with the largest mean score; a stacked leaf is one a layer.
+
+    Args:
+      fisher, keep_ratio, chosen, excluded: see :func:`layerwise`.
+    """
+    return groupwise(fisher, keep_ratio, chosen, excluded, _tensor_names)
 
 
 def headwise(

@@ -93,12 +93,13 @@ def top_k(scores: Any, k: int) -> TopK:
         return interval, _guess(interval, k)
 
     found, _ = jax.lax.while_loop(lambda c: c[0].high - c[0].low > 1, body, (start, first))
-    mask = jax.tree.unflatten(structure, [_bits(leaf) >= found.low for leaf in leaves])
+    mask = jax.tree.unflatten(structure, [bits(leaf) >= found.low for leaf in leaves])
     threshold = jax.lax.bitcast_convert_type(found.low, jnp.float32)
     return TopK(mask, threshold, _float(found.reach_low))
 
 
-def _bits(leaf: jax.Array) -> jax.Array:
+def bits(leaf: jax.Array) -> jax.Array:
+    """The bit patterns as int32, which grow with the values; NaN and values below 0 count as 0."""
     value = leaf.astype(jnp.float32)
     value = jnp.where(value > 0, value, 0.0)  # NaN and -0 too
     return jax.lax.bitcast_convert_type(value, jnp.int32)
@@ -134,7 +135,8 @@ def _guess(interval: _Interval, k: int) -> jax.Array:
     place = jnp.clip(_float(interval.reach_low - _words(k)) / inside, 0.0, 1.0)
     # Entries spread evenly by chance lie off their place by a standard deviation of this.
     chance = jnp.sqrt(place * (1 - place) / inside)
-    width = jnp.maximum(interval.share, 3 * chance)
+    # A quarter at most: with few entries left chance alone says nothing, and a round must halve.
+    width = jnp.minimum(jnp.maximum(interval.share, 3 * chance), 0.25)
     near = jnp.clip(jnp.stack([place - width, place + width]), 0.0, 1.0)
     shares = jnp.stack([near[0] / 2, near[0], near[1], (near[1] + 1) / 2])
     # At least the interpolated entry itself lies between the inner two.
@@ -148,7 +150,7 @@ def _quantiles(leaves: list[jax.Array], share: float) -> jax.Array:
     entries = sum(leaf.size for leaf in leaves)
     stride = max(entries // SAMPLE, 1)
     # An odd stride does not stay in one column of a matrix.
-    parts = [_bits(leaf.reshape(-1)[:: stride | 1]) for leaf in leaves]
+    parts = [bits(leaf.reshape(-1)[:: stride | 1]) for leaf in leaves]
     sample = jnp.sort(jnp.concatenate(parts))
     place = (1 - share) * sample.size
     chance = (share * (1 - share) * sample.size) ** 0.5
@@ -169,7 +171,7 @@ def _reaching(leaves: list[jax.Array], thresholds: jax.Array, local: bool) -> Wo
 
 def _rows(leaf: jax.Array, thresholds: jax.Array) -> Words:
     """Counts of one leaf by plain sums, which a partitioner splits like the leaf."""
-    pattern = _bits(leaf)
+    pattern = bits(leaf)
     found = []
     for number in range(4):
         hits = pattern >= thresholds[number]
@@ -189,7 +191,7 @@ def _unrolled(flat: jax.Array, thresholds: jax.Array) -> tuple[jax.Array, jax.Ar
     length = flat.size // (UNROLL * UNROLL) * UNROLL
     packed = jnp.zeros(length, jnp.int32)
     for row in range(UNROLL):
-        pattern = _bits(flat[row * length : (row + 1) * length])
+        pattern = bits(flat[row * length : (row + 1) * length])
         for number in range(4):
             packed += (pattern >= thresholds[number]).astype(jnp.int32) << (8 * number)
     short = length // UNROLL

@@ -12,8 +12,10 @@ equal layers: 1.5 for the upper half. With micro-batches a cut runs the part bel
 more, because its intermediate values are not kept from one micro-batch to the next: 1.67.
 
 A step with ``ascent=`` has its metrics from the cheap pass (``grad_norm`` is the norm of the
-direction), and hands the full gradient over as always; unless the transform reads it, the
-compiler drops it. Transforms that know of ``Climb`` use it in place of ``grads``.
+direction), and hands the full gradient and the loss of the whole batch over as always; what the
+transform does not read of them the compiler drops. Transforms that know of ``Climb`` use it in
+place of ``grads``; a step whose transform does not is refused, and so are GSAM and LookSAM, which
+compare both gradients.
 
 Deviations: with a cut, e is normalised by the norm of the part that is perturbed, |e| = rho;
 the norm of the whole gradient, which published masks divide by, is not known in the first pass.
@@ -27,6 +29,7 @@ Foret et al., ICLR 2021 (arXiv 2010.01412) for the steps; Zhong et al., Findings
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -61,8 +64,24 @@ class Cut:
     layer: int
 
     def __post_init__(self) -> None:
-        if self.layer < 1:
-            raise ValueError(f"a cut needs a layer >= 1, got {self.layer}")
+        layer = self.layer
+        if isinstance(layer, bool) or not isinstance(layer, (int, np.integer)) or layer < 1:
+            raise ValueError(f"a cut needs a whole layer >= 1, got {layer!r}")
+
+
+class Watched(Climb):
+    """A ``Climb`` that knows whether somebody used it.
+
+    Attributes:
+      read: True once the direction or the gradient was asked for.
+    """
+
+    read = False
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("direction", "grad_fn"):
+            self.read = True
+        return super().__getattribute__(name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,12 +101,19 @@ class Ascent:
 
     def __post_init__(self) -> None:
         share = self.fraction
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+        if isinstance(share, bool) or not isinstance(share, numbers.Real) or not 0 < share <= 1:
             raise ValueError(f"fraction must be in (0, 1], got {share!r}")
-        if self.dtype is not None and not jnp.issubdtype(jnp.dtype(self.dtype), jnp.floating):
+        if self.dtype is not None and not _floating(self.dtype):
             raise ValueError(f"dtype must be a floating-point type or None, got {self.dtype!r}")
         if self.cut is not None and not isinstance(self.cut, Cut):
             raise ValueError(f"cut must be a Cut, see train.cut.at_layer, got {self.cut!r}")
+
+
+def _floating(dtype: Any) -> bool:
+    try:
+        return bool(jnp.issubdtype(jnp.dtype(dtype), jnp.floating))
+    except TypeError:  # no such type
+        return False
 
 
 def cheaper(work: Work, params: Params, ascent: Ascent) -> tuple[Found, Climb]:

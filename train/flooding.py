@@ -31,6 +31,8 @@ from typing import Any, Literal, TypeAlias, get_args
 import jax
 import jax.numpy as jnp
 
+from steppe.optim.perturbation import dot
+
 Kind: TypeAlias = Literal["sign", "cos", "dot"]
 # (params, batch) -> mean loss, a scalar in nats.
 LossFn: TypeAlias = Callable[[Any, Any], jax.Array]
@@ -131,12 +133,12 @@ def gram_from_batches(
       ValueError: fewer than two batches.
     """
     grad = jax.jit(lambda p, batch: (select or _same)(jax.grad(loss_fn)(p, batch)))
-    dot = jax.jit(_dot)
+    product = jax.jit(dot)
     seen: list[Any] = []
     rows: list[list[jax.Array]] = []
     for batch in batches:
         seen.append(grad(params, batch))
-        rows.append([dot(seen[-1], other) for other in seen])
+        rows.append([product(seen[-1], other) for other in seen])
     count = _check_count(len(rows))
     lower = jnp.stack([jnp.stack(row + [jnp.float32(0)] * (count - len(row))) for row in rows])
     return lower + jnp.tril(lower, -1).T
@@ -158,7 +160,7 @@ def streaming_accordance(
     @jax.jit
     def add(total: Any, squares: Any, params: Any, batch: Any) -> tuple[Any, Any]:
         grads = jax.grad(loss_fn)(params, batch)
-        square = _dot(grads, grads)
+        square = dot(grads, grads)
         scale = jnp.float32(1)
         if kind == "cos":
             scale = jnp.where(square == 0, 0.0, jax.lax.rsqrt(jnp.where(square == 0, 1.0, square)))
@@ -172,7 +174,7 @@ def streaming_accordance(
         total, squares = add(total, squares, params, batch)
         count += 1
     _check_count(count)
-    return (_dot(total, total) - squares) / (count * (count - 1))
+    return (dot(total, total) - squares) / (count * (count - 1))
 
 
 def step_accordance(step_grads: Any, probe_grads: Any) -> jax.Array:
@@ -184,11 +186,11 @@ def step_accordance(step_grads: Any, probe_grads: Any) -> jax.Array:
     """
 
     def one(step: Any, probes: Any) -> jax.Array:
-        norm = jnp.sqrt(_dot(step, step))
+        norm = jnp.sqrt(dot(step, step))
 
         def cosine(probe: Any) -> jax.Array:
-            both = norm * jnp.sqrt(_dot(probe, probe))
-            return jnp.where(both == 0, 0.0, _dot(step, probe) / jnp.where(both == 0, 1.0, both))
+            both = norm * jnp.sqrt(dot(probe, probe))
+            return jnp.where(both == 0, 0.0, dot(step, probe) / jnp.where(both == 0, 1.0, both))
 
         return jax.vmap(cosine)(probes).mean()
 
@@ -239,13 +241,6 @@ def suggest_flood_level(history: Sequence[tuple[float, float]]) -> float:
 
 def _same(value: Any) -> Any:
     return value
-
-
-def _dot(left: Any, right: Any) -> jax.Array:
-    products = jax.tree.map(
-        lambda a, b: jnp.sum(a.astype(jnp.float32) * b.astype(jnp.float32)), left, right
-    )
-    return sum(jax.tree.leaves(products), jnp.float32(0))
 
 
 def _check_kind(kind: str) -> None:

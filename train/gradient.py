@@ -11,6 +11,7 @@ the rows, the random numbers, the micro-batches, the precision and the mesh of o
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -141,8 +142,9 @@ class Work:
     def losses(self, params: Params) -> jax.Array:
         """The loss of every row of the batch by itself, [B] float32, in the batch's order.
 
-        A row's loss is ``sum_k total_k / weight_k`` of that row alone; 0 where it has no
-        label. Without dropout: an objective draws for all the rows that it is given at once,
+        A row's loss is ``sum_k total_k / weight_k`` of that row alone, and NaN where all its
+        weights are 0 (no label, a row that fills the batch up): 0 would be larger than a loss
+        that fell. Without dropout: an objective draws for all the rows that it is given at once,
         so the numbers of a row in the batch's pass are not those of the row by itself, and
         without noise the losses at two points differ by the points only.
         """
@@ -153,7 +155,8 @@ class Work:
             one = {n: value if n in scalars else value[None] for n, value in row.items()}
             out = self.objective(tree.merge(compute, self.still), one, None)  # type: ignore[arg-type]
             totals, weights = types.components(out)
-            return jax.lax.stop_gradient(_loss(totals, weights))
+            some = jnp.array([weight != 0 for weight in weights.values()]).any()
+            return jax.lax.stop_gradient(jnp.where(some, _loss(totals, weights), jnp.nan))
 
         axes = {name: None if name in scalars else 0 for name in self.batch}
         each = jax.vmap(loss, in_axes=(axes,))
@@ -300,6 +303,13 @@ def weigh(
     _, each = jax.lax.scan(lambda _, part: (None, one(*part)), None, (parts, indices))
     summed: dict[str, jax.Array] = jax.tree.map(lambda w: w.sum(0), each)
     return summed
+
+
+def known(plan: MeshPlan | None) -> contextlib.AbstractContextManager[Any]:
+    """Makes the mesh known to the models that are traced inside; see ``models.layout``."""
+    if plan is None:
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(plan.mesh.abstract_mesh)
 
 
 def _loss(totals: dict[str, jax.Array], weights: dict[str, jax.Array]) -> jax.Array:

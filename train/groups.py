@@ -31,6 +31,7 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.sharding import NamedSharding, PartitionSpec
 
+from steppe.optim.perturbation import global_norm
 from steppe.train.gradient import (
     Found,
     Sums,
@@ -194,13 +195,9 @@ def gradient(
             found = each(params, blocks)
     (total, known), (totals, aux, weights) = found
     total = jax.tree.map(lambda g, p: g.astype(p.dtype), total, params)
-    sharp = clipped(total, _norm(total), work.clip_norm)
+    sharp = clipped(total, global_norm(total), work.clip_norm)
     if len(weights) != 1:
         return sharp, None
     (name,) = weights
     loss = totals[name] / jnp.where(weights[name] == 0, 1.0, weights[name])
     return sharp, Sums(loss, totals, weights, aux, known).found(work.clip_norm)
-
-
-def _norm(grads: Params) -> jax.Array:
-    return jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))

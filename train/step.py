@@ -13,7 +13,6 @@ for more than the gradient at the parameters: ``update`` receives, besides ``val
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,8 +22,8 @@ import numpy as np
 import optax
 
 from steppe.models import tree
-from steppe.train.ascent import Ascent, cheaper
-from steppe.train.gradient import Work, fill, partial
+from steppe.train.ascent import Ascent, Watched, cheaper
+from steppe.train.gradient import Work, fill, known, partial
 from steppe.train.groups import Groups
 from steppe.train.mesh import MeshPlan, put
 from steppe.train.types import Batch, Metrics, ModelLike, Objective, Params, TrainState
@@ -151,14 +150,16 @@ def make(
       ema: decay of the moving average; give it to :func:`init` too.
       donate: reuse the memory of the old state, which is gone after the call. Frozen
         parameters and the key are never donated.
-      ascent: a cheaper first gradient for transforms that take two, see ``train.ascent``.
+      ascent: a cheaper first gradient for transforms that take two, see ``train.ascent``;
+        ``value`` stays the loss of the whole batch.
 
     The metrics are float32 scalars (sum, weight): ``loss``, ``loss/<component>`` for each
     named component, ``grad_norm`` (before clipping) and the objective's ``aux``. They come
     from the first pass; with ``ascent`` that is the cheap one, on its rows, in its dtype.
 
     Raises:
-      ValueError: an argument is out of range.
+      ValueError: an argument is out of range; from the first step, an ascent that the transform
+        does not read.
       TypeError: ascent is not an ``Ascent``.
     """
     if ascent is not None and not isinstance(ascent, Ascent):
@@ -178,15 +179,16 @@ def make(
         work = Work(
             objective, state.frozen, batch, key, plan, microbatches, compute_dtype, clip_norm
         )
-        # Where a cheaper one is made nobody reads this one, and the compiler drops it.
-        found = work.evaluate(state.params)
-        grads, given = found.grads, {}
+        # Where a cheaper one is made, the compiler drops what nobody reads of this one.
+        whole = found = work.evaluate(state.params)
+        climb, given = None, {}
         if ascent is not None:
-            found, climb = cheaper(work, state.params, ascent)
-            given["ascent"] = climb._replace(grad_fn=partial(climb.grad_fn, state.params))
+            found, made = cheaper(work, state.params, ascent)
+            climb = Watched(*made._replace(grad_fn=partial(made.grad_fn, state.params)))
+            given["ascent"] = climb
         groups = Groups(work, state.params)
         updates, opt_state = update(
-            grads,
+            whole.grads,
             state.opt_state,
             state.params,
             grad_fn=partial(work.gradient, state.params),
@@ -194,9 +196,14 @@ def make(
             losses_fn=lambda params: work.losses(fill(params, state.params)),
             subset_grad_fn=partial(work.subset, state.params),
             group_fn=groups,
-            value=found.loss,
+            value=whole.loss,
             **given,
         )
+        if climb is not None and not climb.read:
+            raise ValueError(
+                "step.make has ascent=, and the transform does not read it, so that it would pay "
+                "for both first passes: leave it out, or use sam, asam, fsam or esam"
+            )
         _, metrics, norm, _ = groups.clean or found
         params = optax.apply_updates(state.params, updates)
         extra = state.extra
@@ -288,7 +295,7 @@ class TrainStep:
             live: TrainState, frozen: Params, rng: jax.Array, batch: Batch
         ) -> tuple[TrainState, Metrics]:
             # Models keep the rows of their activations on the data axes of this mesh.
-            with _known(self.plan):
+            with known(self.plan):
                 new, metrics = self.fn(live.replace(frozen=frozen, rng=rng), batch)
             return _without(new), metrics
 
@@ -333,13 +340,6 @@ def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
         if "No such compile option" not in str(error):
             raise
         return lowered.compile()  # another jaxlib; correct, only slower
-
-
-def _known(plan: MeshPlan | None) -> contextlib.AbstractContextManager[Any]:
-    """Makes the mesh known to the models that are traced inside; see ``models.layout``."""
-    if plan is None:
-        return contextlib.nullcontext()
-    return jax.sharding.use_abstract_mesh(plan.mesh.abstract_mesh)
 
 
 def _assemble(

@@ -50,7 +50,7 @@ class Climb(NamedTuple):
     """A cheaper first gradient, handed to ``update`` as ``ascent=``; see ``train.ascent``.
 
     A transform that takes a gradient to climb by and a second one elsewhere uses these in place
-    of ``grads`` and ``grad_fn``; ``grads`` is then not computed at all. Others ignore it.
+    of ``grads`` and ``grad_fn``; ``grads`` is then not computed at all.
 
     Attributes:
       direction: estimate of the gradient at the parameters, whole tree, zero where it must

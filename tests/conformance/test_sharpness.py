@@ -175,3 +175,12 @@ def test_no_second_gradient_where_none_is_asked_for():
         sizes[name] = train.compile(state, batch).cost_analysis()["flops"]
     assert sizes["zero"] == pytest.approx(sizes["adamw"], rel=0.01)
     assert 1.5 < sizes["sam"] / sizes["adamw"] < 2.5
+
+
+def test_looksam_without_a_radius_trains_as_its_base_does():
+    """Clipped and in micro-batches, where both gradients round differently."""
+    options = {"microbatches": 2, "clip_norm": 0.5}
+    sgd = optax.sgd(0.3)
+    plain = host(trained(sgd, **options)[0].params)
+    tx = optim.looksam(sgd, optax.constant_schedule(0.0), every=2)
+    assert largest(host(trained(tx, **options)[0].params), plain) < 1e-5

@@ -168,8 +168,10 @@ def test_the_base_gets_what_it_may_ask_for() -> None:
 BAD = {
     "beta": (lambda: esam(SGD, beta=0.0), r"beta must be in \(0, 1\], got 0.0"),
     "gamma": (lambda: esam(SGD, gamma=1.5), r"gamma must be in \(0, 1\], got 1.5"),
+    "beta true": (lambda: esam(SGD, beta=True), "beta must be in"),
+    "beta of words": (lambda: esam(SGD, beta="x"), "beta must be in .* got 'x'"),
     "gamma nan": (lambda: esam(SGD, gamma=float("nan")), "gamma must be in"),
-    "rho": (lambda: esam(SGD, -0.1), "rho must be >= 0"),
+    "rho": (lambda: esam(SGD, -0.1), "rho must be a finite number >= 0"),
     "no grad_fn": (lambda: esam(SGD).update(PARAMS, esam(SGD).init(PARAMS), PARAMS), "grad_fn"),
     "no losses_fn": (
         lambda: esam(SGD).update(PARAMS, esam(SGD).init(PARAMS), PARAMS, grad_fn=GRAD),

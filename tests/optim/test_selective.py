@@ -218,6 +218,8 @@ def test_a_gradient_that_is_no_number_leaves_no_trace() -> None:
 
 BAD = {
     "alpha": (lambda: selective_gradient(1.5, 1, covered), r"alpha must be in \[0, 1\], got 1.5"),
+    "alpha of words": (lambda: selective_gradient("x", 1, covered), "alpha must be in .* got 'x'"),
+    "beta true": (lambda: selective_gradient(0.5, True, covered), "beta must be >= 0, got True"),
     "beta": (lambda: selective_gradient(0.5, -1, covered), "beta must be >= 0, got -1"),
     "scale": (lambda: selective_gradient(0.5, 1, covered, max_scale=0.5), "max_scale must be >= 1"),
     "resample": (

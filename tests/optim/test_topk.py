@@ -61,7 +61,7 @@ def test_every_distribution_by_the_path_of_large_leaves(
 
 def test_the_full_unrolling_counts_every_entry() -> None:
     values = jnp.asarray(RNG.random(topk.LARGE + 777), jnp.float32)
-    thresholds = topk._bits(jnp.array([0.0, 0.25, 0.5, 0.999]))
+    thresholds = topk.bits(jnp.array([0.0, 0.25, 0.5, 0.999]))
     counts, rest = jax.jit(topk._unrolled)(values, thresholds)
     found = np.asarray(counts) + [(np.asarray(rest) >= t).sum() for t in (0, 0.25, 0.5, 0.999)]
     wanted = [(np.asarray(values) >= np.float32(t)).sum() for t in (0, 0.25, 0.5, 0.999)]
@@ -93,3 +93,30 @@ def test_bad_k() -> None:
         ValueError, match="k must be between 0 and the 3 entries of the tree, got 4"
     ):
         topk.top_k({"a": jnp.ones(3)}, 4)
+
+
+def test_every_round_leaves_at_most_half() -> None:
+    """However few entries are left, and wherever among them the k-th is."""
+    rng = np.random.default_rng(0)
+    for few in (1, 2, 6, 100, 10**6):
+        for _ in range(20):
+            low, high = sorted(int(x) for x in rng.integers(0, topk.TOP, 2))
+            above = int(rng.integers(0, 1000))
+            interval = topk._Interval(
+                jnp.int32(low),
+                jnp.int32(high),
+                topk._words(above + few),
+                topk._words(above),
+                jnp.float32(10.0 ** rng.uniform(-20, -0.9)),
+            )
+            guess = topk._guess(interval, above + int(rng.integers(1, few + 1)))
+            ends = np.concatenate([[low], np.clip(np.sort(guess), low, high), [high]])
+            # Thresholds are rounded to the 24 bits of a float.
+            assert np.diff(ends).max() <= 0.5 * (high - low) * (1 + 1e-5) + 2, (few, low, high)
+
+
+def test_a_handful_of_entries_far_apart() -> None:
+    scores = [jnp.array([6.25, 9.0]), jnp.array([[1.0, 16.0], [81.0, 256.0]])]
+    found = topk.top_k(scores, 3)
+    assert [m.tolist() for m in found.mask] == [[False, False], [[False, True], [True, True]]]
+    assert float(found.threshold) == 16.0

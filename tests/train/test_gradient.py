@@ -70,3 +70,18 @@ def test_chosen_rows_cost_their_share_of_a_gradient():
         return step.make(toy.ce, tx).compile(state, toy.batch()).cost_analysis()["flops"]
 
     assert flops(8) - flops(None) < 0.4 * flops(None)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_rows_without_a_weight_have_no_loss(microbatches):
+    """NaN and not 0, which would be larger than a loss that fell: transforms choose them last."""
+
+    def update(grads, state, params=None, *, losses_fn, **_):
+        return grads, losses_fn(params)
+
+    tx = optax.GradientTransformationExtraArgs(lambda _: jnp.zeros(toy.ROWS), update)
+    state = step.init(jax.random.key(0), toy.MODEL, tx)
+    batch = toy.batch()
+    batch["label_mask"][[3, 8]] = 0.0
+    state, _ = step.make(toy.ce, tx, microbatches=microbatches)(state, batch)
+    assert np.flatnonzero(np.isnan(state.opt_state)).tolist() == [3, 8]

@@ -309,6 +309,13 @@ def test_eight_devices_find_the_same_and_a_second_call_compiles_nothing():
         (lambda: s.ball_max(slope, ORIGIN, -0.1), "rho must be a finite number >= 0, got -0.1"),
         (lambda: s.ball_max(slope, ORIGIN, float("nan")), "rho must be .* got nan"),
         (lambda: s.ball_max(slope, ORIGIN, 1, steps=0), "steps must be a whole number >= 1"),
+        (lambda: s.ball_max(slope, ORIGIN, "x"), "rho must be .* got 'x'"),
+        (lambda: s.ball_max(slope, ORIGIN, 1, steps=float("nan")), "steps must be a whole"),
+        (lambda: s.ball_max(slope, ORIGIN, 1, eta=float("inf")), "eta must be .* got inf"),
+        (lambda: s.ball_max(slope, ORIGIN, 1, stride=float("inf")), "stride must be .* got inf"),
+        (lambda: s.surface_2d(slope, ORIGIN, (ORIGIN,)), "pair must be two directions"),
+        (lambda: s.top_eigenvalues(slope, ORIGIN, KEY, iterations=float("inf")), "iterations must"),
+        (lambda: s.top_eigenvalues(slope, ORIGIN, KEY, basis="x"), "basis must be a whole"),
         (lambda: s.ball_max(slope, ORIGIN, 1, norm="l1"), "norm must be 'l2' or 'adaptive'"),
         (lambda: s.ball_max(slope, ORIGIN, 1, eta=-1), "eta must be >= 0"),
         (lambda: s.ball_max(slope, ORIGIN, 1, stride=0), "stride must be > 0"),
@@ -338,6 +345,12 @@ def test_eight_devices_find_the_same_and_a_second_call_compiles_nothing():
 def test_bad_input_is_named(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+def test_an_integer_is_no_key():
+    for call in (s.top_eigenvalues, s.trace, s.spectral_density):
+        with pytest.raises(TypeError, match=r"key must be a key such as jax.random.key\(0\)"):
+            call(slope, ORIGIN, 0)
 
 
 def test_rows_that_do_not_fit_the_mesh_are_named():

@@ -21,7 +21,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from steppe.optim.perturbation import dimensions, displace, global_norm
+from steppe.optim import check
+from steppe.optim.perturbation import displace, global_norm, sizes
 from steppe.train.evaluate import landscape
 from steppe.train.evaluate.landscape import Loss, Placement
 from steppe.train.types import Params
@@ -73,19 +74,16 @@ def ball_max(
       key: of the random direction, needed only where the gradient vanishes; default seed 0.
 
     Raises:
-      ValueError: rho or eta < 0 or NaN, steps < 1, stride <= 0, an unknown norm.
+      ValueError: rho or eta < 0 or not finite, steps < 1, stride <= 0, an unknown norm.
     """
-    if not 0 <= rho < math.inf:
-        raise ValueError(f"rho must be a finite number >= 0, got {rho}")
+    check.number(rho, "rho", "a finite number >= 0", check.within(0))
     landscape.whole("steps", steps, 1)
     if norm not in ("l2", "adaptive"):
         raise ValueError(f"norm must be 'l2' or 'adaptive', got {norm!r}")
-    if not eta >= 0:
-        raise ValueError(f"eta must be >= 0, got {eta}")
+    check.number(eta, "eta", ">= 0 and finite", check.within(0))
     if scaled not in ("matrices", "all"):
         raise ValueError(f"scaled must be 'matrices' or 'all', got {scaled!r}")
-    if not stride > 0:
-        raise ValueError(f"stride must be > 0, got {stride}")
+    check.number(stride, "stride", "> 0 and finite", lambda value: 0 < value < math.inf)
     argument, where = landscape.as_argument(loss), landscape.placement(params)
     key = jax.random.key(0) if key is None else key
     numbers = jnp.array([rho, eta, stride], jnp.float32)
@@ -122,13 +120,7 @@ def _climb(
     """The next u, and at this one the loss and the norm of the gradient."""
     rho, eta, stride = numbers
 
-    def size(path: Any, w: jax.Array) -> jax.Array:
-        if sized == "all" or (sized == "matrices" and dimensions(path, w) >= 2):
-            return jnp.abs(w.astype(jnp.float32)) + eta
-        return jnp.ones((), jnp.float32)
-
-    t = jax.tree_util.tree_map_with_path(size, params)
-
+    t = sizes(params, eta, sized)
     here = displace(params, jax.tree.map(jnp.multiply, t, u))
     value, grads = landscape.value_and_grad(loss, here)
     climb = jax.tree.map(lambda t, g: t * g.astype(jnp.float32), t, grads)

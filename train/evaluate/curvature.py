@@ -124,6 +124,7 @@ def top_eigenvalues(
         no room to restart, tol < 0; a loss that is not finite.
     """
     size = tree.count(params)
+    landscape.check_key(key)
     landscape.whole("count", count, 1)
     landscape.whole("iterations", iterations, 1)
     if count > min(iterations, size):
@@ -157,6 +158,7 @@ def trace(
     Raises:
       ValueError: probes < 2, which leaves no standard error; a loss that is not finite.
     """
+    landscape.check_key(key)
     landscape.whole("probes", probes, 2)
     argument, where = landscape.as_argument(loss), landscape.placement(params)
     samples = []
@@ -193,6 +195,7 @@ def spectral_density(
     Raises:
       ValueError: probes or iterations < 1; a loss that is not finite.
     """
+    landscape.check_key(key)
     landscape.whole("probes", probes, 1)
     room = min(landscape.whole("iterations", iterations, 1), tree.count(params))
     nodes, weights, residuals, samples = [], [], [], []

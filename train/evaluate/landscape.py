@@ -14,8 +14,9 @@ not a constant in them: another set of the same shapes, or other frozen weights,
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import math
+import numbers
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
@@ -25,7 +26,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from steppe.models import tree
+from steppe.optim.perturbation import dot as dot
 from steppe.train import types
+from steppe.train.gradient import known
 from steppe.train.mesh import MeshPlan
 from steppe.train.types import Batch, Objective, Params
 
@@ -210,14 +213,6 @@ def zeros_like(params: Params) -> Params:
     )
 
 
-def dot(left: Params, right: Params) -> jax.Array:
-    """Inner product over all leaves, in float32 whatever the leaves' dtype."""
-    pairs = zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
-    # Not jnp.vdot: accelerators would multiply in a shorter format.
-    sums = [jnp.sum(a.astype(jnp.float32) * b.astype(jnp.float32)) for a, b in pairs]
-    return sum(sums, jnp.float32(0))
-
-
 def draw(key: jax.Array, params: Params, kind: str) -> Params:
     """Independent float32 entries shaped like ``params``: "normal", or "sign" (+1 or -1)."""
     leaves, structure = jax.tree.flatten(params)
@@ -265,16 +260,14 @@ def _behind(sharding: NamedSharding, leading: int) -> NamedSharding:
     return NamedSharding(sharding.mesh, PartitionSpec(*(None,) * leading, *sharding.spec))
 
 
-def known(plan: MeshPlan | None) -> contextlib.AbstractContextManager[Any]:
-    """Makes the mesh known to the models that are traced inside; see ``models.layout``."""
-    if plan is None:
-        return contextlib.nullcontext()
-    return jax.sharding.use_abstract_mesh(plan.mesh.abstract_mesh)
+def check_key(key: Any) -> None:
+    """Refuses what is no key of random numbers.
 
-
-def check_trees(params: Params, other: Params, names: tuple[str, str]) -> None:
-    """Raises ValueError, naming the path, where two trees do not have the same leaves."""
-    tree.same_structure(params, other, names)
+    Raises:
+      TypeError: naming what to pass instead.
+    """
+    if not isinstance(key, jax.Array):
+        raise TypeError(f"key must be a key such as jax.random.key(0), got {key!r}")
 
 
 def whole(name: str, value: Any, least: int) -> int:
@@ -283,6 +276,7 @@ def whole(name: str, value: Any, least: int) -> int:
     Raises:
       ValueError: it is not a whole number, or below ``least``.
     """
-    if isinstance(value, bool) or int(value) != value or value < least:
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not real or not least <= value < math.inf or int(value) != value:
         raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
     return int(value)

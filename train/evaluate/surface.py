@@ -163,7 +163,7 @@ def surface_1d(
       ValueError: points < 2, span not above 0, a direction for other parameters.
     """
     at = _positions(span, points)
-    landscape.check_trees(params, direction, ("params", "direction"))
+    tree.same_structure(params, direction, ("params", "direction"))
     none = jax.tree.map(lambda d: jnp.zeros_like(d), direction)
     found = _row(landscape.as_argument(loss), params, none, direction, jnp.float32(0), at)
     return Curve(_floats(at), _floats(found))
@@ -188,12 +188,17 @@ def surface_2d(
       tell: called after each row.
 
     Raises:
-      ValueError: as :func:`surface_1d`.
+      ValueError: as :func:`surface_1d`, or a pair that is not of two.
     """
     at = _positions(span, points)
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise ValueError(
+            "pair must be two directions, such as directions(key, params, count=2), got "
+            + (str(len(pair)) if isinstance(pair, (tuple, list)) else type(pair).__name__)
+        )
     first, second = pair
     for number, direction in enumerate(pair, start=1):
-        landscape.check_trees(params, direction, ("params", f"direction {number}"))
+        tree.same_structure(params, direction, ("params", f"direction {number}"))
     argument = landscape.as_argument(loss)
     rows = []
     for number in range(points):
