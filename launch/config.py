@@ -152,8 +152,8 @@ class FinetuneConfig:
       keep_ratio: fsam: share of the parameters that is perturbed.
       refresh_every: fsam: steps that a mask serves.
       fisher: fsam: scores from the batch's gradient, or per sample.
-      mask: fsam: element, tensor (whole tensors), layer (whole layers), or N:M (N of every M
-        neighbours).
+      mask: fsam: element, tensor (whole tensors), layer (whole layers), head:HEADS[:KV_HEADS]
+        (whole attention heads; the model's number of them), or N:M (N of every M neighbours).
       exclude: fsam: regexes of parameter paths that are never perturbed.
       eta: asam: added to the size of a weight.
       alpha: gsam: weight of the gap; looksam: of the direction that is used again.

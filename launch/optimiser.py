@@ -13,8 +13,8 @@ looksam    rho, alpha, look_every                1 + 1 / look_every
 esam       rho, beta, gamma                      1 + gamma, and 2 forward passes
 =========  ====================================  ==========================================
 
-The default radii are those that suited fine-tuning of small pretrained encoders with AdamW,
-which is far below the papers' 0.05 for networks that are trained from the beginning.
+The default radii are meant for fine-tuning small pretrained encoders with AdamW: far below the
+papers' 0.05, which is for networks that are trained from the beginning.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from steppe.launch.config import FinetuneConfig
+    from steppe.optim.fsam import Structure
 
 Method = Literal["none", "sam", "asam", "fsam", "gsam", "looksam", "esam"]
 
@@ -119,18 +120,28 @@ def resolved(config: FinetuneConfig) -> FinetuneConfig:
     return dataclasses.replace(config, **options(config))
 
 
-def structure(mask: str) -> str | tuple[int, int]:
-    """``"element"``, ``"tensor"``, ``"layer"`` or ``"N:M"`` as ``steppe.optim.fsam`` takes it.
+def structure(mask: str) -> Structure:
+    """The text of ``--mask`` as ``steppe.optim.fsam`` takes it.
+
+    ``element``, ``tensor``, ``layer``, ``head:HEADS``, ``head:HEADS:KV_HEADS`` or ``N:M``.
 
     Raises:
       ValueError: none of these.
     """
     if mask in ("element", "tensor", "layer"):
         return mask
-    kept, _, of = mask.partition(":")
-    if kept.isdigit() and of.isdigit() and 0 < int(kept) <= int(of):
-        return int(kept), int(of)
-    raise ValueError(f"mask must be element, tensor, layer or N:M with 0 < N <= M, got {mask!r}")
+    first, *rest = mask.split(":")
+    numbers = tuple(int(word) for word in rest if word.isdigit() and int(word))
+    if len(numbers) == len(rest):
+        if first == "head" and len(numbers) == 1:
+            return "head", numbers[0]
+        if first == "head" and len(numbers) == 2:
+            return "head", numbers[0], numbers[1]
+        if first.isdigit() and len(numbers) == 1 and 0 < int(first) <= numbers[0]:
+            return int(first), numbers[0]
+    raise ValueError(
+        f"mask must be element, tensor, layer, head:HEADS or N:M with 0 < N <= M, got {mask!r}"
+    )
 
 
 def groups(ascent: str) -> str | int:
