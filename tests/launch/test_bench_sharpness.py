@@ -10,6 +10,8 @@ from steppe.launch.bench import harness, shapes, sharpness, topk
 from steppe.launch.bench.sharpness_sides import METHODS, TORCH, Steppe
 from steppe.models import tree
 
+pytestmark = pytest.mark.slow
+
 SHORT = harness.Protocol(warmup=0, rounds=2, steps=1)
 
 

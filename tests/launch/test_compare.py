@@ -21,6 +21,8 @@ from steppe.launch.pieces import start
 from steppe.launch.report import comparison
 from steppe.train.evaluate.paired import paired
 
+pytestmark = pytest.mark.slow
+
 
 def base(world, **more):
     return FinetuneConfig(

@@ -16,6 +16,8 @@ from steppe.models.encoder import EncoderConfig
 from steppe.models.heads import HeadConfig
 from steppe.train.merge import heads, stream
 
+pytestmark = pytest.mark.slow
+
 WORDS = ["good", "fine", "bad", "poor", "film", "plot", "was"]
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
 QUICK = ["--eval-limit=8", "--examples=8", "--batch-size=4", "--steps=3", "--tta-steps=2"]
