@@ -1,7 +1,9 @@
 """Shared set-up of the test suite: eight fake CPU devices, strict warnings, cached compiles."""
 
+import gc
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before jax is imported anywhere: the mesh tests need several devices, and the
@@ -18,6 +20,10 @@ if "xla_force_host_platform_device_count" not in _flags:
         " --xla_cpu_enable_concurrency_optimized_scheduler=false"
         " --xla_cpu_collective_call_terminate_timeout_seconds=600"
     ).strip()
+if "xla_backend_optimization_level" not in os.environ["XLA_FLAGS"]:
+    # The suite compiles thousands of programs that run for milliseconds: LLVM's optimiser took
+    # more than half of its time. To test what users run: XLA_FLAGS with level 3.
+    os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -31,6 +37,20 @@ jax.config.update(
     os.environ.get("STEPPE_TEST_CACHE", str(Path(tempfile.gettempdir()) / "steppe-test-xla")),
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+# Every compiled program holds some forty memory maps, and Linux gives a process 65,530 of them:
+# beyond that LLVM fails to allocate, which ends the process without a word.
+MAPS = 20_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_memory_maps() -> Iterator[None]:
+    """Drops the compiled programs after a module that leaves too many memory maps."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -57,7 +57,7 @@ def arguments(world, out, *more):
         "8",
         "12",
         "--batch-size=16",
-        "--optim.learning-rate=1e-2",
+        "--optim.learning-rate=5e-3",
         "--drop=0",
         "--log-every=1",
         f"--out={out}",

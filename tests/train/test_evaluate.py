@@ -98,7 +98,7 @@ def test_run_does_not_depend_on_order_batch_size_or_padding(kind, corpus):
     )
     assert set(one.metrics) == KEYS[kind] | {"examples", "loss"}
     assert one.metrics["examples"] == 11
-    assert one.metrics == pytest.approx(other.metrics, abs=2e-5)
+    assert one.metrics == pytest.approx(other.metrics, rel=1e-6, abs=2e-5)  # perplexity is 161
     assert one.index.tolist() == list(range(11))
     assert one.labelled.all()
     for a, b in ((one.predictions, other.predictions), (one.losses, other.losses)):
