@@ -81,12 +81,26 @@ class Nets:
 
     def __init__(self) -> None:
         self._built: dict[Any, Model] = {}
+        self._logits: dict[Any, Callable[[Params, Any], jax.Array]] = {}
 
     def of(self, config: Any) -> Model:
         """The model of a configuration."""
         if config not in self._built:
             self._built[config] = config.build()
         return self._built[config]
+
+    def logits(self, config: Any) -> Callable[[Params, Any], jax.Array]:
+        """``(params, batch) -> logits`` of a configuration, always the same function."""
+        if config not in self._logits:
+            model = self.of(config)
+
+            def logits(params: Params, batch: Any) -> jax.Array:
+                out = model.apply(params, batch).logits
+                assert out is not None
+                return out
+
+            self._logits[config] = logits
+        return self._logits[config]
 
 
 def load(base: Part, models: Sequence[Part], tell: Told | None = None) -> Trees:
@@ -217,17 +231,11 @@ def _fisher(
         if tell is not None:
             tell(f"Fisher information of {task.name}", number, len(tasks))
         own, params = trees.models[task.name]
-        model = nets.of(_rolled(own))
-
-        def logits(p: Params, batch: Any, model: Model = model) -> jax.Array:
-            out = model.apply(p, batch).logits
-            assert out is not None
-            return out
-
         many = task.kind in ("mlm", "lm", "seq2seq")  # a class a word: too many to sum over
         mode = "sampled" if many and config.fisher == "exact" else config.fisher
         some = task.some(config.examples, config.batch_size, config.seed)
         key = jax.random.key(config.seed)
+        logits = nets.logits(_rolled(own))
         whole = merge.diag_fisher(logits, params, some, mode, key=key)
         found.append(heads.split(whole)[0])
     c = fisher.coefficients(fisher.norms(found), None, True, 1e-6)

@@ -16,6 +16,7 @@ of a regression head are those of its squared error, as in the published code.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -67,25 +68,37 @@ def diag_fisher(
     rest = tree.unflatten({p: x for p, x in flat.items() if not leafwise.mergeable(x)})
     key = jax.random.key(0) if key is None else key
 
-    def squares(batch: Batch, key: jax.Array) -> Params:
-        def logits(p: Params, part: Batch) -> jax.Array:
-            return apply_fn(tree.merge(p, rest), part).astype(jnp.float32)
-
-        if mode == "shortcut":
-            grads = jax.grad(lambda p: _shortcut(logits(p, batch), batch))(live)
-            return jax.tree.map(lambda g: jnp.square(g.astype(jnp.float32)), grads)
-        return _per_sample(logits, live, batch, chunk, key if mode == "sampled" else None)
-
-    run = jax.jit(squares)
     total, examples = None, 0
     for number, batch in enumerate(batches):
         arrays = {name: jnp.asarray(value) for name, value in batch.items()}
-        part = run(arrays, jax.random.fold_in(key, number))
+        draw = jax.random.fold_in(key, number)
+        part = _squares(live, rest, arrays, draw, apply_fn=apply_fn, mode=mode, chunk=chunk)
         total = part if total is None else jax.tree.map(jnp.add, total, part)
         examples += next(iter(arrays.values())).shape[0]
     if total is None or examples == 0:
         raise ValueError("batches must not be empty: the Fisher information of nothing is unknown")
     return jax.tree.map(lambda leaf: leaf / examples, total)
+
+
+# One program for all tasks of a network: the parameters are arguments, not constants.
+@functools.partial(jax.jit, static_argnames=("apply_fn", "mode", "chunk"))
+def _squares(
+    live: Params,
+    rest: Params,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    apply_fn: LogitsFn,
+    mode: str,
+    chunk: int,
+) -> Params:
+    def logits(p: Params, part: Batch) -> jax.Array:
+        return apply_fn(tree.merge(p, rest), part).astype(jnp.float32)
+
+    if mode == "shortcut":
+        grads = jax.grad(lambda p: _shortcut(logits(p, batch), batch))(live)
+        return jax.tree.map(lambda g: jnp.square(g.astype(jnp.float32)), grads)
+    return _per_sample(logits, live, batch, chunk, key if mode == "sampled" else None)
 
 
 def _shortcut(logits: jax.Array, batch: Batch) -> jax.Array:
