@@ -25,6 +25,11 @@ SEPARATOR = "/"
 STACK = "layers"
 
 
+def path_of(keys: Any) -> str:
+    """The path of a leaf from its jax key path: ``layers/attn/q/kernel``."""
+    return jax.tree_util.keystr(keys, simple=True, separator=SEPARATOR)
+
+
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Maps every path to its leaf, in insertion order. Empty sub-trees vanish.
 

@@ -21,14 +21,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from steppe.models.tree import SEPARATOR
+from steppe.models.tree import path_of
 from steppe.optim.perturbation import dimensions
 from steppe.optim.topk import top_k
-
-
-def path_of(keys: Any) -> str:
-    """The path of a leaf as sharding rules and masks write it, such as ``layers/attn/q/kernel``."""
-    return SEPARATOR.join(str(getattr(key, "key", getattr(key, "idx", key))) for key in keys)
 
 
 def square(grads: Any) -> Any:

@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from steppe.models.tree import path_of
 from steppe.optim import check
 from steppe.optim import fisher as fisher_
 from steppe.optim import structure as structure_
@@ -255,11 +256,11 @@ def _check_mask(mask: Any, params: Any) -> None:
         if other is None or other.shape != leaf.shape:
             got = "is not among the parameters" if other is None else f"is {other.shape} there"
             raise ValueError(
-                f"the mask in the state is of other parameters: {fisher_.path_of(keys)!r} "
+                f"the mask in the state is of other parameters: {path_of(keys)!r} "
                 f"{leaf.shape} {got}; start from tx.init(params)"
             )
     if theirs:
-        first = fisher_.path_of(next(iter(theirs)))
+        first = path_of(next(iter(theirs)))
         raise ValueError(
             f"the mask in the state is of other parameters: it lacks {first!r}; start from "
             "tx.init(params)"

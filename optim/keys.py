@@ -14,8 +14,8 @@ from typing import Any
 
 import jax
 
+from steppe.models.tree import path_of
 from steppe.optim import check
-from steppe.optim.fisher import path_of
 
 
 def key_words(seed: Any) -> jax.Array:

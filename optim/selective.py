@@ -26,8 +26,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from steppe.models.tree import path_of
 from steppe.optim import check
-from steppe.optim.fisher import path_of
 from steppe.optim.keys import key_words, leaf_key
 from steppe.optim.perturbation import global_norm
 from steppe.optim.rank import Method, relative_rank

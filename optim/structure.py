@@ -26,8 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from steppe.models.tree import SEPARATOR, STACK
-from steppe.optim.fisher import path_of
+from steppe.models.tree import SEPARATOR, STACK, path_of
 
 # (path, shape) -> the name of a group, or an array of names that broadcasts to the shape.
 Naming = Callable[[str, tuple[int, ...]], Any]

@@ -41,7 +41,7 @@ import optax
 from steppe.models import tree
 from steppe.train import types
 from steppe.train.gradient import Found, Work, accumulate, cast, clipped
-from steppe.train.mesh import MeshPlan, path_of
+from steppe.train.mesh import MeshPlan
 from steppe.train.types import Batch, Climb, LossOut, Objective, Params
 
 # Where the part above a cut finds the activations in its batch.
@@ -224,6 +224,7 @@ def reached(cut: Cut, work: Work, params: Params) -> Any:
         return live.reshape(-1, *(1,) * (leaf.ndim - 1))
 
     flags = [
-        one(path_of(keys), leaf) for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
+        one(tree.path_of(keys), leaf)
+        for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
     ]
     return jax.tree.unflatten(structure, flags)

@@ -27,7 +27,6 @@ import jax
 import jax.numpy as jnp
 
 from steppe.models import tree
-from steppe.train.mesh import path_of
 from steppe.train.types import TrainState
 
 MANIFEST = "manifest.json"
@@ -375,12 +374,12 @@ def _stored(state: TrainState) -> dict[str, Any]:
         return jax.random.key_data(leaf)
 
     flat, _ = jax.tree_util.tree_flatten_with_path(state.replace(frozen={}))
-    return {path_of(key): bits(leaf) for key, leaf in flat}
+    return {tree.path_of(key): bits(leaf) for key, leaf in flat}
 
 
 def _unstored(like: TrainState, found: Mapping[str, Any]) -> TrainState:
     def one(key: Any, leaf: Any) -> Any:
-        path = path_of(key)
+        path = tree.path_of(key)
         if path not in found:  # Orbax does not store arrays without elements
             return jax.device_put(jnp.zeros(leaf.shape, leaf.dtype), _abstract(leaf).sharding)
         if _is_key(leaf):

@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from steppe.models.layout import DATA_AXES
+from steppe.models.tree import path_of
 from steppe.train.types import TrainState
 
 Axes = tuple[str | tuple[str, ...] | None, ...]
@@ -219,11 +220,6 @@ class MeshPlan:
             else:
                 out[name] = jax.make_array_from_process_local_data(sharding, local)
         return out
-
-
-def path_of(key: Any) -> str:
-    """``a/b/c`` for a jax key path."""
-    return jax.tree_util.keystr(key, simple=True, separator="/")
 
 
 def put(leaf: Any, sharding: NamedSharding) -> jax.Array:

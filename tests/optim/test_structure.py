@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from steppe import optim
+from steppe.models.tree import path_of
 from steppe.optim import fisher, structure
 
 L, D, HEADS = 3, 8, 4
@@ -102,7 +103,7 @@ def test_whole_heads(kv: int) -> None:
             np.testing.assert_array_equal(attn[name]["bias"], bias)
     assert not attn["o"]["bias"].any()
     others = [m for path, m in jax.tree_util.tree_flatten_with_path(kept)[0]
-              if "attn" not in fisher.path_of(path)]  # fmt: skip
+              if "attn" not in path_of(path)]  # fmt: skip
     assert not any(m.any() for m in others)
 
 
