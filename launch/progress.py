@@ -185,3 +185,66 @@ def _duration(seconds: float) -> str:
     whole = max(round(seconds), 0)
     hours, minutes = divmod(whole // 60, 60)
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
+
+
+class Line:
+    """A live line about one piece of work after the other; plain lines where there is no terminal.
+
+    Use it as a context manager around the work.
+    """
+
+    def __init__(self, first: str = "", *, name: str = "", every: float = 0.0) -> None:
+        """
+        Args:
+          first: what is shown before anything was told.
+          name: put before everything that is told.
+          every: plain lines only when another kind of work begins (its first word), and after so
+            many seconds; 0 = whenever the text changes.
+        """
+        from rich.console import Console
+
+        self._console = Console(stderr=True)
+        self._first, self._name, self._every = first, name, every
+        self._live: Any = None
+        self._task: Any = None
+        self._said, self._when = "", 0.0
+
+    def __enter__(self) -> Line:
+        if self._console.is_terminal:
+            from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+            from rich.progress import Progress as Bar
+
+            self._live = Bar(
+                BarColumn(24, complete_style="green", finished_style="green"),
+                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+                TextColumn("{task.description}", markup=False),
+                TimeElapsedColumn(),
+                console=self._console,
+                refresh_per_second=4,
+                transient=True,
+            )
+            self._task = self._live.add_task(self._first, total=1)
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def tell(self, what: str, done: int, total: int) -> None:
+        """Shows what is going on, and how far it is."""
+        text = f"{self._name}: {what}" if self._name else what
+        if self._live is not None:
+            self._live.update(self._task, description=text, completed=done, total=total)
+            return
+        now = time.monotonic()
+        kind = what.split(",")[0].split(" ")[0] if self._every else text
+        if kind != self._said or (self._every and now - self._when > self._every):
+            self._said, self._when = kind, now
+            place = f"{done}/{total} " if self._every and done else ""
+            self._console.print(f"{place}{text}", highlight=False, markup=False, soft_wrap=True)

@@ -8,12 +8,12 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from steppe.launch import config as config_
 from steppe.launch import kinds, machine, opening, outputs, setup
 from steppe.launch.config import DataConfig
+from steppe.launch.progress import Line
 
 if TYPE_CHECKING:
     from steppe.train.types import Params
@@ -129,7 +129,7 @@ def run(config: SharpnessConfig) -> dict[str, Any]:
         _open(name, config, data, rows, objectives)
     for name in names:
         loss, params, facts = _open(name, config, data, rows, objectives)
-        with _Shown(name if len(names) > 1 else "") as shown:
+        with Line("compiling", name=name if len(names) > 1 else "") as shown:
             begin = time.perf_counter()
             found = measure(loss, params, measures, shown.tell)
         seconds = round(time.perf_counter() - begin, 1)
@@ -325,51 +325,3 @@ def _table(result: Mapping[str, Any]) -> Any:
     for row in page.numbers(result):
         table.add_row(*row)
     return table
-
-
-class _Shown:
-    """A live line on a terminal; one plain line a measurement elsewhere."""
-
-    def __init__(self, name: str) -> None:
-        from rich.console import Console
-
-        self._console = Console(stderr=True)
-        self._name = name
-        self._live: Any = None
-        self._task: Any = None
-        self._said = ""
-
-    def __enter__(self) -> _Shown:
-        if self._console.is_terminal:
-            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-            self._live = Progress(
-                BarColumn(24, complete_style="green", finished_style="green"),
-                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-                TextColumn("{task.description}", markup=False),
-                TimeElapsedColumn(),
-                console=self._console,
-                refresh_per_second=4,
-                transient=True,
-            )
-            self._task = self._live.add_task("compiling", total=1)
-            self._live.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._live is not None:
-            self._live.stop()
-
-    def tell(self, what: str, done: int, total: int) -> None:
-        """Shows how far one measurement is."""
-        text = f"{self._name}: {what}" if self._name else what
-        if self._live is not None:
-            self._live.update(self._task, description=text, completed=done, total=total)
-        elif text != self._said:
-            self._said = text
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -9,7 +9,6 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from steppe.launch import config as config_
@@ -18,6 +17,7 @@ from steppe.launch.merge import geometry, inputs, material, methods, table
 from steppe.launch.merge.inputs import Part
 from steppe.launch.merge.material import Task
 from steppe.launch.merge.settings import ADAPTED, LAM, STREAMED, SWEPT, MergeConfig
+from steppe.launch.progress import Line
 from steppe.train.merge import heads, stream
 from steppe.train.merge.inputs import Report
 
@@ -56,7 +56,7 @@ def run(config: MergeConfig, command: Sequence[str] = ()) -> dict[str, Any]:
         "base": config.base,
         "notes": inputs.notes(base, models, report),
     }
-    with _Shown() as shown, _tidied(out):
+    with Line(every=EVERY) as shown, _tidied(out):
         tasks = _tasks(models, shown) if with_data else []
         timings["data_s"] = time.perf_counter() - begin
         if config.method in STREAMED:
@@ -102,7 +102,7 @@ def _tidied(out: Path) -> Iterator[None]:
         raise
 
 
-def _tasks(models: Sequence[Part], shown: _Shown) -> list[Task]:
+def _tasks(models: Sequence[Part], shown: Line) -> list[Task]:
     found = []
     for number, part in enumerate(models):
         shown.tell(f"data of {part.name}", number, len(models))
@@ -140,7 +140,7 @@ def _streamed(
     tasks: Sequence[Task],
     result: dict[str, Any],
     timings: dict[str, float],
-    shown: _Shown,
+    shown: Line,
 ) -> None:
     """From disk to disk; trees are read only where there is data to score them on."""
     lam, by = (LAM, "default") if config.lam is None else (config.lam, "given")
@@ -203,7 +203,7 @@ def _in_memory(
     tasks: Sequence[Task],
     result: dict[str, Any],
     timings: dict[str, float],
-    shown: _Shown,
+    shown: Line,
 ) -> None:
     if config.method in ADAPTED:
         material.check_adaptable(tasks)
@@ -310,53 +310,3 @@ def _nbytes(report: Report, name: str) -> int:
     for size in tensor.shape:
         count *= size
     return count * tensor.dtype.itemsize
-
-
-class _Shown:
-    """A live line on a terminal; elsewhere plain lines, one a kind of work and one a while."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-
-        self._console = Console(stderr=True)
-        self._live: Any = None
-        self._task: Any = None
-        self._said = ""
-        self._when = 0.0
-
-    def __enter__(self) -> _Shown:
-        if self._console.is_terminal:
-            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-            self._live = Progress(
-                BarColumn(24, complete_style="green", finished_style="green"),
-                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-                TextColumn("{task.description}", markup=False),
-                TimeElapsedColumn(),
-                console=self._console,
-                refresh_per_second=4,
-                transient=True,
-            )
-            self._task = self._live.add_task("", total=1)
-            self._live.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._live is not None:
-            self._live.stop()
-
-    def tell(self, what: str, done: int, total: int) -> None:
-        """Shows what is going on, and how far it is."""
-        if self._live is not None:
-            self._live.update(self._task, description=what, completed=done, total=total)
-            return
-        kind, now = what.split(",")[0].split(" ")[0], time.monotonic()
-        if kind != self._said or now - self._when > EVERY:
-            self._said, self._when = kind, now
-            place = f"{done}/{total} " if done else ""
-            self._console.print(f"{place}{what}", highlight=False, markup=False, soft_wrap=True)
