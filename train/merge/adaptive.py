@@ -84,43 +84,17 @@ def entropies(
     def objective(trunk: Params, batches: Sequence[Batch]) -> Entropy:
         if len(batches) != len(heads):
             raise ValueError(f"{len(heads)} tasks need one batch each, got {len(batches)}")
-
-        def one(net: Model, head: Mapping[str, Any], batch: Batch) -> Any:
+        rows = []
+        for net, head, batch in zip(nets, heads, batches, strict=True):
             full = tree.merge(trunk, head)
             full = full if compute_dtype is None else tree.cast(full, compute_dtype)
             logits = net.apply(full, batch, train=False).logits
             if logits is not None and select is not None:
                 logits = select(logits, batch)
-            return _task(logits, batch)
-
-        rows: list[Any] = [None] * len(heads)
-        for group in _alike(nets, heads, batches):
-            net = nets[group[0]]
-            if len(group) == 1:
-                rows[group[0]] = one(net, heads[group[0]], batches[group[0]])
-                continue
-            # One network in a loop: written out, a step of five tasks took minutes to compile.
-            every = jax.tree.map(
-                lambda *leaves: jnp.stack(leaves), *[(heads[i], dict(batches[i])) for i in group]
-            )
-            found = jax.lax.map(lambda pair, net=net: one(net, *pair), every)
-            for place, index in enumerate(group):
-                rows[index] = jax.tree.map(lambda leaf, place=place: leaf[place], found)
+            rows.append(_task(logits, batch))
         return summed(rows)
 
     return objective
-
-
-def _alike(
-    nets: Sequence[Model], heads: Sequence[Mapping[str, Any]], batches: Sequence[Batch]
-) -> list[list[int]]:
-    """Tasks in groups with one network, and with heads and batches of the same shapes."""
-    groups: dict[Any, list[int]] = {}
-    for index, pair in enumerate(zip(heads, batches, strict=True)):
-        leaves, structure = jax.tree.flatten((pair[0], dict(pair[1])))
-        shapes = tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
-        groups.setdefault((id(nets[index]), structure, shapes), []).append(index)
-    return list(groups.values())
 
 
 def task_entropy(
