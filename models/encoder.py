@@ -85,6 +85,7 @@ class EncoderConfig:
       epsilon: of the norms.
       relative_buckets, relative_distance: MPNet's bias; 0 buckets = none.
       pooler: whether a tanh layer over the first token belongs to the model.
+      head_dim: Dh; None = D / H. Other ones come of cutting heads (see ``shrink``).
       drop, attn_drop: dropout rates of hidden states and attention probabilities.
       head: the head, or None.
       remat: see ``run_stack``.
@@ -109,6 +110,7 @@ class EncoderConfig:
     relative_buckets: int = 0
     relative_distance: int = 128
     pooler: bool = False
+    head_dim: int | None = None
     drop: float = 0.1
     attn_drop: float = 0.1
     head: HeadConfig | None = None
@@ -117,7 +119,7 @@ class EncoderConfig:
     attention: Implementation | None = None
 
     def __post_init__(self) -> None:
-        if self.width % self.heads:
+        if self.head_dim is None and self.width % self.heads:
             raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
         for name in ("vocab_size", "width", "layers", "heads", "ffn_width", "positions"):
             if getattr(self, name) < 1:
@@ -130,6 +132,11 @@ class EncoderConfig:
     def max_length(self) -> int:
         """Longest sequence that the position table can serve, in tokens."""
         return self.positions - self.position_offset
+
+    @property
+    def dim(self) -> int:
+        """Dh, dimensions of a head."""
+        return self.width // self.heads if self.head_dim is None else self.head_dim
 
     def with_head(self, head: HeadConfig | None) -> EncoderConfig:
         """The same encoder under another head."""
@@ -162,7 +169,7 @@ class _Encoder:
             attention=functools.partial(
                 Attention,
                 heads=c.heads,
-                head_dim=c.width // c.heads,
+                head_dim=c.dim,
                 features=c.width,
                 drop=c.attn_drop,
                 implementation=c.attention,
