@@ -117,6 +117,7 @@ def run(config: SharpnessBench, say: Callable[[str], None] = print) -> dict[str,
         result["parameters"] = finetune.parameters(folder)
         rows: dict[str, Any] = {}
         differences: dict[str, float] = {}
+        result |= {"rows": rows, "loss_difference": differences}  # filled below
         torch = config.peer == "torch"
         base, curve = _open(config, folder, "adamw", threads)
         with base:
@@ -128,6 +129,7 @@ def run(config: SharpnessBench, say: Callable[[str], None] = print) -> dict[str,
                     second, sharp = _open(config, folder, TORCH[1], threads)
                     with second:
                         rows[TORCH[1]] = _measure(config, peer, second, TORCH[0])
+            result["adamw_peak_memory"] = base.call("peak_memory")
             for name in config.chosen:
                 method, curve = _open(config, folder, name, threads)
                 with method:
@@ -137,16 +139,20 @@ def run(config: SharpnessBench, say: Callable[[str], None] = print) -> dict[str,
                     rows[name] |= {"goal": METHODS[name].goal, "last_loss": curve[-1]}
                 ratio = rows[name]["ratio"]
                 say(f"{name}: {ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})")
-            result["adamw_peak_memory"] = base.call("peak_memory")
+                _save(config, result)
+    _save(config, result)
+    return result
+
+
+def _save(config: SharpnessBench, result: dict[str, Any]) -> None:
+    """After every method: what was measured survives a run that is stopped."""
+    times = {name: row["seconds"] for name, row in result["rows"].items()}
     result |= {
-        "rows": rows,
-        "loss_difference": differences,
-        "unsteady": harness.unsteady({name: row["seconds"] for name, row in rows.items()}),
+        "unsteady": harness.unsteady(times),
         "load_average_after": environment.load_average(),
     }
     if config.out is not None:
         environment.write_json(config.out, result)
-    return result
 
 
 def _open(
