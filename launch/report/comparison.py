@@ -141,6 +141,9 @@ def scores(arms: Sequence[Mapping[str, Any]]) -> str | None:
     if not shown:
         return None
     values = [100 * v for _, m in shown for v in map(number, m["values"])]
+    for _, metric in shown:
+        mean, spread = 100 * number(metric["mean"]), 100 * number(metric.get("std"))
+        values += [mean - spread, mean + spread]
     canvas, x = _rows("Test accuracy by method", [a["name"] for a, _ in shown], values)
     for i, (arm, metric) in enumerate(shown):
         middle = TOP + ROW * (i + 0.5)
@@ -177,7 +180,8 @@ def differences(arms: Sequence[Mapping[str, Any]]) -> str | None:
         mean, low, high = (100 * number(found.get(k)) for k in ("difference", "low", "high"))
         if math.isfinite(low) and math.isfinite(high):
             canvas.line(x(low), middle, x(high), middle, "line accent")
-            for end in (low, high):
+            # An interval that goes on beyond the figure has no end in it.
+            for end in (e for e in (low, high) if x.low <= e <= x.high):
                 canvas.line(x(end), middle - 4, x(end), middle + 4, "line accent")
         title = f"{name}: {mean:+.2f} ({low:+.2f} to {high:+.2f})"
         canvas.circle(x(mean), middle, 4, "dot accent", title=title)
@@ -271,11 +275,16 @@ def _record(found: Mapping[str, Any]) -> str:
                 f"<details><summary>{title}</summary>"
                 f'<table class="plain"><tbody>{body}</tbody></table></details>'
             )
-    note = (
+    arms = [arm for cell in sequence(found.get("cells")) for arm in sequence(cell["arms"])]
+    radius = (
         "rho was chosen for every method, source and size by its mean score on the validation "
-        "split over seeds that are not reported; the test split was scored once for each "
-        "reported seed. All methods of a seed share the training examples, the initial head, "
-        "the order of the batches and the dropout."
+        "split over seeds that are not reported"
+        if any(len(arm["grid"]) > 1 for arm in arms)
+        else "Every method had the one rho that it was given, so nothing was chosen"
+    )
+    note = (
+        f"{radius}; the test split was scored once for each reported seed. All methods of a seed "
+        "share the training examples, the initial head, the order of the batches and the dropout."
     )
     return f'<section><h2>How it was made</h2><p class="lede">{note}</p>{blocks}</section>'
 
