@@ -102,6 +102,8 @@ def _check_values(given: dict[str, Any]) -> None:
     for name in ("beta", "gamma"):
         if not 0.0 < given.get(name, 1.0) <= 1.0:
             raise ValueError(f"{name} must be in (0, 1], got {given[name]}")
+    if given.get("fisher", "batch") not in ("batch", "per_sample"):
+        raise ValueError(f"fisher must be 'batch' or 'per_sample', got {given['fisher']!r}")
     if "mask" in given:
         structure(given["mask"])
     if "ascent" in given:

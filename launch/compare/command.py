@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +40,19 @@ def run(config: CompareConfig, command: Sequence[str] = ()) -> dict[str, Any]:
 
         return estimate.show(config)
     _check_folder(config, folder)
-    outputs.write_json(folder / CONFIG, config_.to_dict(config))
     journal = Journal(folder)
     trials = Trials(config)
+    trials.material.open()
+    outputs.write_json(folder / CONFIG, config_.to_dict(config))
     progress = _Progress(config, journal, console)
     try:
-        for cell in config.cells():
-            for trial in schedule.selecting(config, cell):
-                _one(trial, trials, journal, progress)
-            for trial in schedule.reported(config, cell, journal):
-                if _one(trial, trials, journal, progress):
-                    _write(config, journal, folder, command)
+        with _terminable():
+            for cell in config.cells():
+                for trial in schedule.selecting(config, cell):
+                    _one(trial, trials, journal, progress)
+                for trial in schedule.reported(config, cell, journal):
+                    if _one(trial, trials, journal, progress):
+                        _write(config, journal, folder, command)
     except KeyboardInterrupt:
         _write(config, journal, folder, command)
         raise loop.Interrupted(
@@ -60,6 +64,23 @@ def run(config: CompareConfig, command: Sequence[str] = ()) -> dict[str, Any]:
     found = _write(config, journal, folder, command)
     Console().print(table.rich_table(found))
     return found
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends a comparison as Ctrl-C does, also while it compiles or scores."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def report(folder: Path) -> dict[str, Any]:

@@ -37,10 +37,11 @@ def measure(
     """
     batches = few(config, pieces)
     loss = sharpness.batched_loss(objective, state.frozen, batches, plan=pieces.plan)
+    params = state.extra.get("ema", state.params)  # of the weights that are scored
     top = sharpness.top_eigenvalues(
-        loss, state.params, jax.random.key(0), iterations=ITERATIONS, tol=TOLERANCE
+        loss, params, jax.random.key(0), iterations=ITERATIONS, tol=TOLERANCE
     )
-    ball = sharpness.ball_max(loss, state.params, config.ball, steps=ASCENT_STEPS)
+    ball = sharpness.ball_max(loss, params, config.ball, steps=ASCENT_STEPS)
     return {
         "top_eigenvalue": float(top.values[0]),
         "ball_loss": float(ball.worst),

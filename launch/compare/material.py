@@ -76,18 +76,33 @@ class Material:
         few = setup.first(found, self.config.transfer_limit)
         return task, setup.encode(task, few, tokenizer, settings, training=False)
 
-    def _draw(self, cell: Cell, seed: int) -> setup.Data:
-        """The data of all trials of a cell and seed.
+    def open(self) -> None:
+        """Reads everything, so that a mistake is found before anything is trained.
 
         Raises:
-          ValueError: the source has fewer training examples than the cell asks for.
+          ValueError, OSError: a source that cannot be read, or is too small.
         """
+        for cell in self.config.cells():
+            self._large_enough(cell)
+        for address in self.config.transfer:
+            self.whole(address)
+
+    def _large_enough(self, cell: Cell) -> Source:
         source = self.source(cell.source)
         if cell.size > len(source.rows):
             raise ValueError(
                 f"sizes={cell.size} is more than the {len(source.rows)} training examples of "
                 f"{cell.source}; 0 takes all"
             )
+        return source
+
+    def _draw(self, cell: Cell, seed: int) -> setup.Data:
+        """The data of all trials of a cell and seed.
+
+        Raises:
+          ValueError: the source has fewer training examples than the cell asks for.
+        """
+        source = self._large_enough(cell)
         rows = setup.first(source.rows, cell.size)
         if self.config.resample and cell.size:
             rows = drawn(source.rows, cell.size, f"draw {seed}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -112,9 +113,9 @@ class CompareConfig:
     dry_run: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("sources", "sizes", "noise", "methods", "seeds"):
+        for name in ("sources", "sizes", "noise", "methods", "seeds", "select_seeds"):
             values = getattr(self, name)
-            if not values:
+            if not values and name != "select_seeds":
                 raise ValueError(f"{name} must not be empty")
             if len(set(values)) != len(values):
                 raise ValueError(f"{name} must not hold a value twice, got {values}")
@@ -125,8 +126,14 @@ class CompareConfig:
             raise ValueError(f"sizes must be >= 0 (0 = all examples), got {min(self.sizes)}")
         if not all(0.0 <= share < 1.0 for share in self.noise):
             raise ValueError(f"noise must be shares in [0, 1), got {self.noise}")
-        if not self.ball > 0:
-            raise ValueError(f"ball must be > 0, got {self.ball}")
+        shared = sorted(set(self.seeds) & set(self.select_seeds))
+        if shared:
+            raise ValueError(
+                f"seeds and select_seeds must not share any, both have {shared}: rho would be "
+                "chosen on runs that are reported"
+            )
+        if not 0 < self.ball < math.inf:
+            raise ValueError(f"ball must be > 0 and finite, got {self.ball}")
         base, neutral = self.base, FinetuneConfig()
         for name, cure in _ELSEWHERE.items():
             if getattr(base, name) != getattr(neutral, name):

@@ -23,6 +23,8 @@ from steppe.launch.compare.material import Material
 from steppe.launch.compare.settings import Arm, Cell, CompareConfig
 from steppe.models import pretrained
 from steppe.optim import basic
+from steppe.optim.esam import EsamState
+from steppe.optim.keys import key_words
 from steppe.train import loop
 from steppe.train.objectives import basic as objectives
 from steppe.train.types import TrainState
@@ -81,7 +83,7 @@ class Trials:
         """
         arm = self.arms[trial.arm]
         built = self.build(trial.cell, arm, trial.seed)
-        state = with_rho(pieces.start(built), trial.rho)
+        state = with_seed(with_rho(pieces.start(built), trial.rho), trial.seed)
         found: dict[str, Any] = {"steps": built.steps, "gradients": gradients(arm, trial.rho)}
         rows = _Rows()
         try:
@@ -165,6 +167,18 @@ def with_rho(state: TrainState, rho: float) -> TrainState:
     old = held["rho"]
     value = jax.device_put(jnp.asarray(rho, old.dtype), old.sharding)
     return state.replace(opt_state=state.opt_state._replace(hyperparams={**held, "rho": value}))
+
+
+def with_seed(state: TrainState, seed: int) -> TrainState:
+    """The state with ESAM's draws those of ``seed``: all seeds share the transform of the first."""
+
+    def one(node: Any) -> Any:
+        if not isinstance(node, EsamState):
+            return node
+        return node._replace(key=jax.device_put(key_words(seed), node.key.sharding))
+
+    found = jax.tree.map(one, state.opt_state, is_leaf=lambda node: isinstance(node, EsamState))
+    return state.replace(opt_state=found)
 
 
 def _kept(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -15,7 +15,7 @@ from steppe.launch import config as config_
 from steppe.launch.compare import command, material, schedule, table
 from steppe.launch.compare.journal import Journal, Trial
 from steppe.launch.compare.settings import Cell, CompareConfig, parse_arm
-from steppe.launch.compare.trial import Trials, with_rho
+from steppe.launch.compare.trial import Trials, with_rho, with_seed
 from steppe.launch.config import DataConfig, FinetuneConfig, OptimConfig
 from steppe.launch.pieces import start
 from steppe.launch.report import comparison
@@ -332,3 +332,44 @@ def test_rho_is_an_array_of_the_state(reviews, tmp_path):
     built = Trials(config).build(config.cells()[0], config.arms()[1], 0)
     state = with_rho(start(built), 0.25)
     assert float(state.opt_state.hyperparams["rho"]) == 0.25
+
+
+def test_esam_draws_by_the_seed_of_the_trial_whichever_came_first(reviews, tmp_path):
+    config = small(reviews, tmp_path, methods=("adamw", "esam:rho=0.1"))
+    trials = Trials(config)
+    arm = config.arms()[1]
+    keys = []
+    for seed in (1, 0, 1):
+        state = with_seed(start(trials.build(config.cells()[0], arm, seed)), seed)
+        keys.append(np.asarray(state.opt_state.inner_state.key).tolist())
+    assert keys[0] == keys[2] != keys[1]
+    alone = start(Trials(config).build(config.cells()[0], arm, 0))
+    assert keys[1] == np.asarray(alone.opt_state.inner_state.key).tolist()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"sizes": (32, 9999)}, {"transfer": ("file:/nowhere.jsonl",)}],
+    ids=["too few rows in a later cell", "no such source"],
+)
+def test_a_mistake_is_found_before_anything_runs_and_leaves_the_folder_free(
+    reviews, tmp_path, more
+):
+    out = tmp_path / "out"
+    with pytest.raises((ValueError, OSError), match="9999|nowhere"):
+        command.run(small(reviews, out, **more))
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"select_seeds": (0,)}, r"both have \[0\]"),
+        ({"select_seeds": (7, 7)}, "select_seeds must not hold a value twice"),
+        ({"ball": math.inf}, "ball must be > 0 and finite"),
+        ({"methods": ("adamw", "fsam:fisher=foo")}, "fisher must be"),
+    ],
+)
+def test_settings_that_would_make_the_table_untrue(reviews, tmp_path, more, said):
+    with pytest.raises(ValueError, match=said):
+        small(reviews, tmp_path, **more)
