@@ -428,8 +428,10 @@ def from_dict(kind: type, values: Mapping[str, Any]) -> Any:
     }
     out: dict[str, Any] = {}
     for name, value in values.items():
-        if name in nested and isinstance(value, Mapping):
-            value = from_dict(nested[name], value)
+        inner = nested.get(name)
+        # ``base`` is a text in other commands' settings.
+        if inner is not None and inner.__name__ in str(fields[name].type):
+            value = from_dict(inner, value)
         out[name] = tuple(value) if isinstance(value, list) else value
     return kind(**out)
 

@@ -219,7 +219,7 @@ def _value(name: str, text: str, arm: str) -> Any:
     if "float" in kinds[name]:
         return _number(text, arm)
     if "int" in kinds[name]:
-        if not text.isdigit():
+        if not text.isdecimal():
             raise ValueError(f"methods has {name}={text!r} in {arm!r}; it must be a whole number")
         return int(text)
     return text

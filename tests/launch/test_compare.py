@@ -373,3 +373,9 @@ def test_a_mistake_is_found_before_anything_runs_and_leaves_the_folder_free(
 def test_settings_that_would_make_the_table_untrue(reviews, tmp_path, more, said):
     with pytest.raises(ValueError, match=said):
         small(reviews, tmp_path, **more)
+
+
+def test_a_damaged_config_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"base": 3}')
+    with pytest.raises(ValueError, match="FinetuneConfig must be an object, got int"):
+        command.report(tmp_path)
