@@ -16,7 +16,8 @@ USAGE = """\
 usage: steppe COMMAND [options]      (steppe COMMAND --help lists the options)
 
   finetune [RECIPE]   fine-tune a pretrained model, evaluate, report, export
-  compare [RECIPE]    methods x seeds x sizes x sources, one table with a paired test
+  compare [RECIPE]    sharpness methods x seeds x sizes x sources, or merging methods x seeds:
+                      one table with a paired test
   merge METHOD BASE MODEL ...
                       several fine-tunes of one base as one model, with a table
   evaluate MODEL      evaluate a run or an exported model on any data
@@ -163,16 +164,23 @@ def _compare(args: list[str]) -> int:
     from steppe.launch.compare.settings import CompareConfig
     from steppe.launch.recipes import COMPARISONS
 
-    default, prog = CompareConfig(), "compare"
+    default: Any = CompareConfig()
+    prog = "compare"
     if args and not args[0].startswith("-"):
         if args[0] not in COMPARISONS:
             raise ValueError(_unknown("recipe", args[0], COMPARISONS))
         default, prog = COMPARISONS[args[0]](), f"compare {args[0]}"
         args = args[1:]
-    config = _parse(CompareConfig, args, prog, default)
-    from steppe.launch.compare import command
+    config = _parse(type(default), args, prog, default)
+    words = ["steppe", *prog.split(), *args]
+    if isinstance(config, CompareConfig):
+        from steppe.launch.compare import command
 
-    command.run(config, command=["steppe", *prog.split(), *args])
+        command.run(config, command=words)
+        return 0
+    from steppe.launch.merge import study
+
+    study.run(config, command=words)
     return 0
 
 
@@ -271,6 +279,12 @@ def _report(args: list[str]) -> int:
         from steppe.launch.compare import command, table
 
         Console().print(table.rich_table(command.report(run)))
+        print(run / "report.html")
+        return 0
+    if (run / "merges.jsonl").is_file():
+        from steppe.launch.merge import study, study_table
+
+        Console().print(study_table.rich_table(study.report(run)))
         print(run / "report.html")
         return 0
     file = report.write(run)

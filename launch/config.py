@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -239,15 +240,17 @@ class FinetuneConfig:
                 f"sample_tokens must be >= 1 where texts are written (samples={self.samples}), "
                 "got 0; samples=0 writes none"
             )
-        if self.steps == 0 and not self.epochs > 0:
-            raise ValueError(f"epochs must be > 0 (or give steps), got {self.epochs}")
+        if self.steps == 0 and not 0 < self.epochs < math.inf:
+            raise ValueError(f"epochs must be > 0 and finite (or give steps), got {self.epochs}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be in [0, 2^32), got {self.seed}")
         if not 0.0 <= self.ema < 1.0:
             raise ValueError(f"ema must be in [0, 1), got {self.ema}")
         if self.probe and (self.lora.rank or self.freeze or self.ema):
             raise ValueError(
                 "probe=True trains the head alone: it goes with neither lora, freeze nor ema"
             )
-        if self.drop >= 1.0:
+        if not self.drop < 1.0:
             raise ValueError(f"drop must be below 1, got {self.drop}")
         optimiser.check(self)
 

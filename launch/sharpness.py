@@ -246,6 +246,11 @@ def check_run(name: str) -> None:
         raise ValueError("no run is named: steppe sharpness RUN, the folder of a run")
     if not folder.is_dir():
         raise FileNotFoundError(f"run folder {name} does not exist")
+    if (folder / "table.json").is_file():
+        raise ValueError(
+            f"{name} is a comparison, which keeps no models; steppe sharpness takes the folder "
+            "of steppe finetune"
+        )
     if not (folder / "config.json").is_file():
         raise ValueError(f"{name} is not a run folder: it holds no config.json")
     if not (folder / "model").is_dir():

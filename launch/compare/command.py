@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import json
-import signal
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from steppe.launch import config as config_
 from steppe.launch import outputs
-from steppe.launch.compare import schedule, table
+from steppe.launch.compare import folders, schedule, table
 from steppe.launch.compare.journal import Journal, Trial
 from steppe.launch.compare.settings import CompareConfig
 from steppe.launch.compare.trial import Trials
-from steppe.train import checkpoint, loop
+from steppe.train import loop
 
-CONFIG = "config.json"
 # What may change when a comparison is gone on with: more rows, not other ones.
 GROWS = ("out", "sources", "sizes", "noise", "methods", "seeds", "resume", "dry_run")
 
@@ -39,14 +36,14 @@ def run(config: CompareConfig, command: Sequence[str] = ()) -> dict[str, Any]:
         from steppe.launch.compare import estimate
 
         return estimate.show(config)
-    _check_folder(config, folder)
+    folders.check(config, folder, GROWS)
     journal = Journal(folder)
     trials = Trials(config)
     trials.material.open()
-    outputs.write_json(folder / CONFIG, config_.to_dict(config))
+    outputs.write_json(folder / folders.CONFIG, config_.to_dict(config))
     progress = _Progress(config, journal, console)
     try:
-        with _terminable():
+        with folders.terminable():
             for cell in config.cells():
                 for trial in schedule.selecting(config, cell):
                     _one(trial, trials, journal, progress)
@@ -66,44 +63,17 @@ def run(config: CompareConfig, command: Sequence[str] = ()) -> dict[str, Any]:
     return found
 
 
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM ends a comparison as Ctrl-C does, also while it compiles or scores."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def report(folder: Path) -> dict[str, Any]:
     """Writes table and report of a folder again, from the trials that are finished.
 
     Raises:
       ValueError: its config.json or runs.jsonl is damaged.
     """
-    config = _read(folder)
+    config: CompareConfig = folders.read(folder, CompareConfig)
     command: list[str] = []
     with contextlib.suppress(OSError, ValueError):
         command = json.loads((folder / "table.json").read_text("utf-8"))["command"]
     return _write(config, Journal(folder), folder, command)
-
-
-def _read(folder: Path) -> CompareConfig:
-    try:
-        values = json.loads((folder / CONFIG).read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{folder / CONFIG} is damaged ({error})") from error
-    # Settings that the file does not know yet have the values that they had then.
-    found: CompareConfig = config_.from_dict(CompareConfig, values)
-    return found
 
 
 def _one(trial: Trial, trials: Trials, journal: Journal, progress: _Progress) -> bool:
@@ -127,31 +97,6 @@ def _write(
     outputs.write_text(folder / "table.md", table.markdown(found))
     outputs.write_text(folder / "report.html", comparison.render(found))
     return found
-
-
-def _check_folder(config: CompareConfig, folder: Path) -> None:
-    """Refuses a folder that holds something else, and a resume with other settings."""
-    held = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-    if not config.resume:
-        if held:
-            what = "another comparison" if CONFIG in held else f"other files ({held[0]})"
-            raise FileExistsError(
-                f"{folder} already holds {what}; go on with it by --resume, or choose a new --out"
-            )
-        return
-    if CONFIG not in held:
-        return  # nothing was finished: from the beginning
-    old = _read(folder)
-    before, after = (
-        {k: v for k, v in config_.to_dict(c).items() if k not in GROWS} for c in (old, config)
-    )
-    different = checkpoint.first_difference(before, after)
-    if different is not None:
-        path, was, now = different
-        raise ValueError(
-            f"{folder} is a comparison with other settings: {path} was {was!r}, now it is "
-            f"{now!r}; resume with the old value or choose a new out"
-        )
 
 
 class _Progress:

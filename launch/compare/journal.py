@@ -30,29 +30,64 @@ class Trial(NamedTuple):
     reported: bool
 
 
-class Journal:
-    """The finished trials of a folder.
+class Lines:
+    """A file of JSON lines, each on the disk before the next one begins.
 
     A line that a kill has torn off is ignored, and overwritten by the next one.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.file = folder / FILE
-        self.rows: dict[Trial, dict[str, Any]] = {}
+    def __init__(self, file: Path) -> None:
+        """
+        Raises:
+          ValueError: a line that is no JSON object.
+        """
+        self.file = file
+        self.read: list[dict[str, Any]] = []
         # Cut off when something is written: another process may be writing it, not be killed.
         self._torn_at: int | None = None
-        if not self.file.is_file():
+        if not file.is_file():
             return
-        content = self.file.read_bytes()
+        content = file.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 row = json.loads(line)
-                self.rows[_trial(row)] = row
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{self.file}, line {number} is damaged ({error})") from error
+            except ValueError as error:
+                raise self.damaged(number, error) from error
+            if not isinstance(row, dict):
+                raise self.damaged(number, "no object")
+            self.read.append(row)
         if len(whole) < len(content):
             self._torn_at = len(whole)
+
+    def damaged(self, number: int, why: object) -> ValueError:
+        """What is said of line ``number``."""
+        return ValueError(f"{self.file}, line {number} is damaged ({why})")
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Writes a row."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        if self._torn_at is not None:
+            os.truncate(self.file, self._torn_at)
+            self._torn_at = None
+        with self.file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+class Journal:
+    """The finished trials of a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._lines = Lines(folder / FILE)
+        self.file = self._lines.file
+        self.rows: dict[Trial, dict[str, Any]] = {}
+        for number, row in enumerate(self._lines.read, 1):
+            try:
+                self.rows[_trial(row)] = row
+            except (ValueError, KeyError, TypeError) as error:
+                raise self._lines.damaged(number, error) from error
 
     def __contains__(self, trial: Trial) -> bool:
         return trial in self.rows
@@ -65,14 +100,7 @@ class Journal:
         """Writes a finished trial."""
         row = {**trial.cell._asdict(), **trial._asdict(), **found}
         del row["cell"]
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        if self._torn_at is not None:
-            os.truncate(self.file, self._torn_at)
-            self._torn_at = None
-        with self.file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
+        self._lines.append(row)
         self.rows[trial] = row
 
 

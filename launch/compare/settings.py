@@ -126,6 +126,8 @@ class CompareConfig:
             raise ValueError(f"sizes must be >= 0 (0 = all examples), got {min(self.sizes)}")
         if not all(0.0 <= share < 1.0 for share in self.noise):
             raise ValueError(f"noise must be shares in [0, 1), got {self.noise}")
+        for seed in (*self.seeds, *self.select_seeds):
+            dataclasses.replace(self.base, seed=seed)
         shared = sorted(set(self.seeds) & set(self.select_seeds))
         if shared:
             raise ValueError(
@@ -201,6 +203,8 @@ def parse_arm(text: str, base: FinetuneConfig) -> Arm:
                 f"methods has {part!r} in {text!r}; it must be SETTING=VALUE with one of "
                 f"{', '.join(n for n in FREE if n != 'exclude')}"
             )
+        if name in values or (name == "rho" and grid):
+            raise ValueError(f"methods has {name} twice in {text!r}")
         if name == "rho":
             grid = tuple(sorted(_number(v, text) for v in value.split("/")))
         else:
@@ -227,6 +231,8 @@ def _value(name: str, text: str, arm: str) -> Any:
 
 def _number(text: str, arm: str) -> float:
     try:
-        return float(text)
+        if math.isfinite(value := float(text)):
+            return value
+        raise ValueError
     except ValueError:
-        raise ValueError(f"methods has {text!r} in {arm!r}; it must be a number") from None
+        raise ValueError(f"methods has {text!r} in {arm!r}; it must be a finite number") from None

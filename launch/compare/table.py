@@ -69,7 +69,7 @@ def _cell(config: CompareConfig, cell: Cell, journal: Journal) -> dict[str, Any]
         }
         for name in _names(own):
             values = {seed: _value(row, name) for seed, row in own.items()}
-            found["metrics"][name] = _spread(list(values.values()))
+            found["metrics"][name] = spread(list(values.values()))
         if own:
             first = next(iter(own.values()))
             found |= {"steps": first["steps"], "gradients": first["gradients"]}
@@ -107,7 +107,7 @@ def _value(row: Mapping[str, Any], name: str) -> float:
     return math.nan if place is None else float(place)
 
 
-def _spread(values: Sequence[float]) -> dict[str, Any]:
+def spread(values: Sequence[float]) -> dict[str, Any]:
     """Mean and standard deviation (n - 1) of the finite values."""
     good = [v for v in values if math.isfinite(v)]
     return {
@@ -127,7 +127,7 @@ def _grid(config: CompareConfig, cell: Cell, arm: Arm, journal: Journal) -> list
         scores = [s for s in found if s is not None]
         if scores:
             worst = [0.0 if math.isnan(s) and config.select_by != "loss" else s for s in scores]
-            out.append({"rho": rho, **_spread(worst)})
+            out.append({"rho": rho, **spread(worst)})
     return out
 
 
@@ -208,12 +208,13 @@ def difference(arm: Mapping[str, Any]) -> list[str]:
         text += f" ({100 * over['low']:+.1f} to {100 * over['high']:+.1f})"
     seeds = f"{over['p_sign']:.2f}"
     if math.isfinite(over["p_t"]):
-        seeds = f"{_probability(over['p_t'])} / {seeds}"
+        seeds = f"{probability(over['p_t'])} / {seeds}"
     examples = arm["differences"].get("examples")
-    return [text, seeds, _probability(examples["p_value"]) if examples else ""]
+    return [text, seeds, probability(examples["p_value"]) if examples else ""]
 
 
-def _probability(p: float) -> str:
+def probability(p: float) -> str:
+    """p in three digits."""
     return f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 

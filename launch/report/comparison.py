@@ -46,14 +46,14 @@ def _header(found: Mapping[str, Any], cells: Sequence[Any]) -> str:
     facts = [str(base.get("model", "")), f"{len(sequence(config.get('seeds')))} seeds"]
     facts.append(f"{found['trials']} of {found['of']} runs done")
     lede = "".join(f"<span>{escape(fact)}</span>" for fact in facts if fact)
-    out = f'<p class="over">steppe compare</p><h1>{escape(_name(config))}</h1>'
+    out = f'<p class="over">steppe compare</p><h1>{escape(called(config))}</h1>'
     out += f'<p class="lede">{lede}</p>'
     rows = []
     for cell in cells:
-        for arm in cell["arms"]:
-            if arm["differences"]:
-                where = table.title(cell) if arm is cell["arms"][1] else ""
-                rows.append((where, arm["name"], *table.difference(arm)[:2]))
+        shown = [arm for arm in cell["arms"] if arm["differences"]]
+        for place, arm in enumerate(shown):
+            where = "" if place else table.title(cell)
+            rows.append((where, arm["name"], *table.difference(arm)[:2]))
     if rows:
         first = cells[0]["arms"][0]["name"]
         body = "".join(
@@ -73,18 +73,19 @@ def _header(found: Mapping[str, Any], cells: Sequence[Any]) -> str:
     return f"<header>{out}</header>"
 
 
-def _name(config: Mapping[str, Any]) -> str:
+def called(config: Mapping[str, Any]) -> str:
+    """What a comparison is called: the last part of its folder."""
     return str(config.get("out") or "comparison").rstrip("/").rsplit("/", 1)[-1]
 
 
 def _block(found: Mapping[str, Any], cell: Mapping[str, Any]) -> str:
     parts = [
-        _figure(
+        figure(
             "Test accuracy by method",
             scores(cell["arms"]),
             "A dot is a seed; the bar is the mean with its standard deviation",
         ),
-        _figure(
+        figure(
             f"Accuracy less that of {cell['arms'][0]['name']}, paired by seed",
             differences(cell["arms"]),
             "Points of a percent with the 95% interval of the mean over seeds",
@@ -94,7 +95,7 @@ def _block(found: Mapping[str, Any], cell: Mapping[str, Any]) -> str:
     drawn = grids(cell["arms"])
     for name, picture, chosen in drawn:
         parts.append(
-            _figure(
+            figure(
                 f"{name}: validation {metric} over rho",
                 picture,
                 f"Dashed: without it. Ring: chosen, rho {chosen:g}"
@@ -127,15 +128,19 @@ def _numbers(cell: Mapping[str, Any]) -> str:
     )
 
 
-def _figure(title: str, picture: str | None, under: str = "") -> str:
+def figure(title: str, picture: str | None, under: str = "") -> str:
+    """A picture with title and a line below; nothing where there is no picture."""
     if picture is None:
         return ""
     below = f'<p class="under">{escape(under)}</p>' if under else ""
     return f"<figure><figcaption><h3>{escape(title)}</h3></figcaption>{picture}{below}</figure>"
 
 
-def scores(arms: Sequence[Mapping[str, Any]]) -> str | None:
-    """Accuracy of every seed of every method, with mean and standard deviation."""
+def scores(arms: Sequence[Mapping[str, Any]], references: int = 1) -> str | None:
+    """Accuracy of every seed of every method, with mean and standard deviation.
+
+    The first ``references`` methods are those that the others are held against.
+    """
     shown = [(a, mapping(a["metrics"].get("accuracy"))) for a in arms]
     shown = [(a, m) for a, m in shown if math.isfinite(number(m.get("mean")))]
     if not shown:
@@ -147,7 +152,7 @@ def scores(arms: Sequence[Mapping[str, Any]]) -> str | None:
     canvas, x = _rows("Test accuracy by method", [a["name"] for a, _ in shown], values)
     for i, (arm, metric) in enumerate(shown):
         middle = TOP + ROW * (i + 0.5)
-        style = "ink" if i == 0 else "accent"
+        style = "ink" if i < references else "accent"
         mean, spread = 100 * number(metric["mean"]), 100 * number(metric.get("std"))
         if math.isfinite(spread):
             canvas.line(x(mean - spread), middle, x(mean + spread), middle, f"line {style}")
@@ -256,6 +261,22 @@ def grids(arms: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, float | Non
 
 
 def _record(found: Mapping[str, Any]) -> str:
+    arms = [arm for cell in sequence(found.get("cells")) for arm in sequence(cell["arms"])]
+    radius = (
+        "rho was chosen for every method, source and size by its mean score on the validation "
+        "split over seeds that are not reported"
+        if any(len(arm["grid"]) > 1 for arm in arms)
+        else "Every method had the one rho that it was given, so nothing was chosen"
+    )
+    note = (
+        f"{radius}; the test split was scored once for each reported seed. All methods of a seed "
+        "share the training examples, the initial head, the order of the batches and the dropout."
+    )
+    return how(found, note)
+
+
+def how(found: Mapping[str, Any], note: str) -> str:
+    """The last section: what was run on what."""
     blocks = ""
     command = [str(part) for part in sequence(found.get("command"))]
     if command:
@@ -275,17 +296,6 @@ def _record(found: Mapping[str, Any]) -> str:
                 f"<details><summary>{title}</summary>"
                 f'<table class="plain"><tbody>{body}</tbody></table></details>'
             )
-    arms = [arm for cell in sequence(found.get("cells")) for arm in sequence(cell["arms"])]
-    radius = (
-        "rho was chosen for every method, source and size by its mean score on the validation "
-        "split over seeds that are not reported"
-        if any(len(arm["grid"]) > 1 for arm in arms)
-        else "Every method had the one rho that it was given, so nothing was chosen"
-    )
-    note = (
-        f"{radius}; the test split was scored once for each reported seed. All methods of a seed "
-        "share the training examples, the initial head, the order of the batches and the dropout."
-    )
     return f'<section><h2>How it was made</h2><p class="lede">{note}</p>{blocks}</section>'
 
 

@@ -219,7 +219,12 @@ def test_an_arm_says_what_differs():
         ({"methods": ("sam:keep_ratio=0.1",)}, "keep_ratio=0.1 is no setting of sharpness='sam'"),
         ({"methods": ("adamw:rho=0.1",)}, "rho=0.1 is no setting of sharpness='none'"),
         ({"methods": ("sam:rho=-1",)}, "rho must be >= 0 and finite, got -1.0"),
-        ({"methods": ("sam:rho=x",)}, "'x' in 'sam:rho=x'; it must be a number"),
+        ({"methods": ("sam:rho=x",)}, "'x' in 'sam:rho=x'; it must be a finite number"),
+        ({"methods": ("sam:rho=0.1,rho=0.2",)}, "methods has rho twice"),
+        ({"methods": ("adamw:epochs=2,epochs=3",)}, "methods has epochs twice"),
+        ({"methods": ("adamw:epochs=inf",)}, "'inf' in 'adamw:epochs=inf'; it must be a finite"),
+        ({"methods": ("adamw:drop=nan",)}, "'nan' in 'adamw:drop=nan'; it must be a finite"),
+        ({"seeds": (-1,)}, r"seed must be in \[0, 2\^32\), got -1"),
         ({"methods": ("sam:model=x",)}, "it must be SETTING=VALUE with one of epochs"),
         ({"methods": ("sam", "sam:rho=0.1")}, "methods must differ in more than rho"),
         ({"sizes": (-1,)}, "sizes must be >= 0"),
@@ -244,6 +249,13 @@ def test_the_command_line(reviews, tmp_path, capsys):
     given += ["--base.data.max-length=8", "--base.data.buckets=8", f"--out={tmp_path / 'x'}"]
     assert cli.main(given) == 2
     assert "sizes=500 is more than the" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert cli.main([*given[:-1], f"--out={tmp_path / 'file'}"]) == 2
+    assert "is a file; choose another --out" in capsys.readouterr().err
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    assert cli.main([*given[:-1], f"--out={tmp_path / 'run'}", "--resume"]) == 2
+    assert "is a run of steppe finetune" in capsys.readouterr().err
     (tmp_path / "y").mkdir()
     (tmp_path / "y" / "notes").touch()
     assert cli.main([*given[:-1], f"--out={tmp_path / 'y'}"]) == 2

@@ -144,6 +144,8 @@ def test_the_spectral_density_of_a_known_hessian():
     )
     grid, values = s.smooth(found)
     np.testing.assert_allclose(np.trapezoid(values, grid), 1, atol=1e-3)
+    with pytest.raises(ValueError, match="half a step of the grid"):
+        s.smooth(found, width=1e-4)
 
 
 def test_the_ball_in_closed_form():
@@ -153,6 +155,12 @@ def test_the_ball_in_closed_form():
     found = s.ball_max(slope, ORIGIN, 0.3, steps=4)
     np.testing.assert_allclose(found.trace, [0, *[0.3 * length] * 4], rtol=1e-5)
     assert float(s.ball_max(quadratic, ORIGIN, 0.0, steps=4).gap) == 0.0
+    # A gradient of 1e30 has no float32 norm: that must not look like a flat place.
+    steep = jax.tree.map(lambda x: x * jnp.float32(1e30), LINEAR)
+    there = s.ball_max(lambda p: sum(
+        (a * b).sum() for a, b in zip(jax.tree.leaves(p), jax.tree.leaves(steep), strict=True)
+    ), ORIGIN, 0.3, steps=2)  # fmt: skip
+    assert np.isnan(there.worst)
 
 
 @pytest.mark.parametrize("norm", ["l2", "adaptive"])

@@ -33,7 +33,8 @@ class Ball(NamedTuple):
 
     Attributes:
       clean: loss at the parameters.
-      worst: largest loss on the path; NaN when the loss was NaN anywhere on it.
+      worst: largest loss on the path; NaN when the loss was NaN anywhere on it, or a gradient
+        NaN or too long for float32.
       gap: worst - clean, never below 0.
       trace: loss at each point of the path, [steps + 1]; the first is ``clean``.
       gradient_norm: L2 norm of the gradient at the parameters.
@@ -132,7 +133,9 @@ def _climb(
         return jax.tree.map(lambda x: x / total, drawn)
 
     def uphill() -> Params:
-        return jax.tree.map(lambda x: x / jnp.where(length == 0, 1.0, length), climb)
+        # A gradient too long for its norm has no direction: 0 there would end the climb quietly.
+        scale = jnp.where(jnp.isinf(length), jnp.nan, jnp.where(length == 0, 1.0, length))
+        return jax.tree.map(lambda x: x / scale, climb)
 
     direction = jax.lax.cond(length == 0, anywhere, uphill)
     moved = jax.tree.map(lambda u, d: u + stride * rho * d, u, direction)

@@ -225,6 +225,9 @@ def smooth(
 
     Returns:
       (eigenvalues [points], density [points]); the density integrates to 1.
+
+    Raises:
+      ValueError: width is not > 0, or so small that the grid steps over a Gaussian.
     """
     every = np.concatenate(density.nodes)
     low, high = float(every.min()), float(every.max())
@@ -232,6 +235,11 @@ def smooth(
     if not sigma > 0:
         raise ValueError(f"width must be > 0, got {width}")
     grid = np.linspace(low - 5 * sigma, high + 5 * sigma, landscape.whole("points", points, 2))
+    if grid[1] - grid[0] > 2 * sigma:
+        raise ValueError(
+            f"width={sigma:g} is less than half a step of the grid ({grid[1] - grid[0]:g}), which "
+            f"would miss eigenvalues; give a larger width, or more points than {points}"
+        )
     total = np.zeros(points)
     for nodes, weights in zip(density.nodes, density.weights, strict=True):
         bells = np.exp(-0.5 * ((grid[:, None] - nodes) / sigma) ** 2)

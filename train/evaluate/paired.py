@@ -28,10 +28,11 @@ class Paired(NamedTuple):
 
     Attributes:
       difference: mean over the pairs.
-      low, high: interval of the mean at ``level``; infinite for one pair.
+      low, high: interval of the mean at ``level``; infinite for one pair, and where all
+        differences are equal but not 0.
       level: of the interval.
       p_t, p_sign: of the t-test and of the sign flips; 1.0 where nothing differs, NaN of the
-        t-test for one pair.
+        t-test where the interval is infinite.
       pairs: n.
     """
 
@@ -77,7 +78,10 @@ def paired(
         return Paired(mean, -math.inf, math.inf, level, math.nan, flips, n)
     error = float(d.std(ddof=1)) / math.sqrt(n)
     if error == 0:
-        return Paired(mean, mean, mean, level, 1.0 if mean == 0 else 0.0, flips, n)
+        if mean == 0:
+            return Paired(0.0, 0.0, 0.0, level, 1.0, flips, n)
+        # No spread at all tells of too few values, not of certainty.
+        return Paired(mean, -math.inf, math.inf, level, math.nan, flips, n)
     from scipy import stats
 
     reach = float(stats.t.ppf((1 + level) / 2, n - 1)) * error
