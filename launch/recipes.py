@@ -218,8 +218,8 @@ BUDGET = (
     "task-arithmetic:lam=0.3",
     "ties",
     "dare",
-    "fisher",
-    "regmean",
+    "fisher:examples=64",
+    "regmean:examples=64",
     "adamerging:level=task,steps=150,lr=0.01",
     "adamerging:steps=150,lr=0.01",
     "concrete-ta:steps=150,mask_lr=0.1",
@@ -252,8 +252,9 @@ def merging() -> StudyConfig:
             "asset:sarcasm",
         ),
         methods=BUDGET,
+        sweep=(0.1, 0.2, 0.3, 0.5),
         batch_size=8,
-        eval_limit=300,
+        eval_limit=200,
     )
 
 
@@ -271,8 +272,9 @@ def merging_vision() -> StudyConfig:
         ),
         tasks=("asset:fashion-mnist", "asset:mnist", "asset:digits"),
         methods=BUDGET,
+        sweep=(0.1, 0.2, 0.3, 0.5),
         batch_size=8,
-        eval_limit=300,
+        eval_limit=200,
     )
 
 

@@ -255,7 +255,8 @@ class FeedForward(nn.Module):
                 )
             y = y * ffn_mask.astype(y.dtype)
         y = dropout(y, self.drop, rng)
-        return hooks("ffn.out", y, Dense(self.features, self.use_bias, name="out"), **context)
+        out = Dense(self.features, self.use_bias, name="out")
+        return hooks("ffn.out", y, out, inputs=x, **context)
 
 
 class PostNormBlock(nn.Module):

@@ -77,6 +77,7 @@ class SiteContext(NamedTuple):
       residual: the residual stream that the sublayer's output is about to be added to.
       norm: the norm that follows the addition (post-norm) or precedes the sublayer
         (pre-norm); adapters that reuse it call it.
+      inputs: what the feed-forward that this site is the end of reads, at ``ffn.out``.
       step: whether one token is being read after a prompt (``Decode.step``); what was put in
         front of the prompt is there already.
     """
@@ -87,6 +88,7 @@ class SiteContext(NamedTuple):
     mask: jax.Array | None = None
     residual: jax.Array | None = None
     norm: Callable[[jax.Array], jax.Array] | None = None
+    inputs: jax.Array | None = None
     step: bool = False
 
 

@@ -108,4 +108,6 @@ def overlay(
             folded[site_path(params, name)] = new
         return tree.replace(params, folded)
 
-    return Overlay("lora", init, attach, merge, RULES)
+    settings = {"rank": rank, "alpha": alpha, "sites": names, "drop": drop}
+    settings["rank_stabilised"] = rank_stabilised
+    return Overlay("lora", init, attach, merge, RULES, settings=tuple(settings.items()))

@@ -27,6 +27,8 @@ from steppe.models.sites import Site, stack_sites
 from steppe.models.tree import Params
 
 BASE, OVERLAY = "base", "overlay"
+# The last sharding rule: what no other one names is whole on every device.
+WHOLE = (r".*", ())
 
 
 class Merged(NamedTuple):
@@ -50,13 +52,17 @@ class Overlay:
       name: for error messages and file names.
       init, sites, merge: see the module; merge is None where no merged form exists.
       axes: sharding rules of the delta, paths as in the delta.
+      trainable: paths of the base that train beside the delta and the head, as regexes.
+      settings: what it was made with, as (name, JSON value) pairs: written beside a saved delta.
     """
 
     name: str
     init: Callable[[jax.Array, Params], Params]
     sites: Callable[[Params], dict[str, Site]]
     merge: Callable[[Params, Params], Params] | None = None
-    axes: Rules = ((r".*", ()),)
+    axes: Rules = (WHOLE,)
+    trainable: tuple[str, ...] = ()
+    settings: tuple[tuple[str, Any], ...] = ()
 
     def bind(
         self,
@@ -99,7 +105,7 @@ class Overlay:
             train: bool = False,
             all_hidden: bool = False,
         ) -> ModelOut:
-            ours = self.sites(params[OVERLAY])
+            ours = self.sites(params.get(OVERLAY, {}))
             return model.apply(
                 params[BASE],
                 batch,
@@ -123,7 +129,7 @@ class Overlay:
                 sites: Mapping[str, Site] | None = None,
                 **options: Any,
             ) -> tuple[jax.Array, Any]:
-                both = stack_sites(self.sites(params[OVERLAY]), sites or {})
+                both = stack_sites(self.sites(params.get(OVERLAY, {})), sites or {})
                 return base_start(params[BASE], batch, more, sites=both, **options)
 
             def step(
@@ -134,23 +140,27 @@ class Overlay:
                 sites: Mapping[str, Site] | None = None,
                 **options: Any,
             ) -> tuple[jax.Array, Any]:
-                both = stack_sites(self.sites(params[OVERLAY]), sites or {})
+                both = stack_sites(self.sites(params.get(OVERLAY, {})), sites or {})
                 return base_step(params[BASE], tokens, state, sites=both, **options)
 
             decode = Decode(start, step)
 
-        if trainable is None:
+        if trainable is None:  # what the overlay names, and the head
             head = getattr(model.config, "head", None)
-            trainable = () if head is not None and head.kind in ("lm", "mlm") else (r"head/.*",)
+            own = () if head is not None and head.kind in ("lm", "mlm") else (r"head/.*",)
+            trainable = (*self.trainable, *own)
         base_paths = tree.paths(model.abstract())
         live = [p for p in trainable if any(tree.matches(path, (p,)) for path in base_paths)]
         given = None if frozen is None else {BASE: frozen}
+        shapes = frozen if frozen is not None else model.abstract()
+        empty = not tree.paths(jax.eval_shape(self.init, jax.random.key(0), shapes))
+        ours = () if empty else (rf"{OVERLAY}/.*",)
         return dataclasses.replace(
             model,
             init=init,
             apply=apply,
             axes=_prefix(BASE, model.axes) + _prefix(OVERLAY, self.axes),
-            trainable=(rf"{OVERLAY}/.*", *(rf"{BASE}/(?:{p})" for p in live)),
+            trainable=(*ours, *(rf"{BASE}/(?:{p})" for p in live)),
             parts=None,
             decode=decode,
             given=given,
@@ -169,13 +179,13 @@ class Overlay:
         """
         if self.merge is None:
             raise ValueError(f"the overlay {self.name!r} has no merged form; keep it attached")
-        folded = self.merge(params[BASE], params[OVERLAY])
+        folded = self.merge(params[BASE], params.get(OVERLAY, {}))
         if batch is None:
             return Merged(folded, float("nan"))
 
         @jax.jit
         def difference(params: Params, folded: Params, batch: Batch) -> jax.Array:
-            attached = model.apply(params[BASE], batch, sites=self.sites(params[OVERLAY]))
+            attached = model.apply(params[BASE], batch, sites=self.sites(params.get(OVERLAY, {})))
             plain = model.apply(folded, batch)
             outputs = [o.hidden if o.logits is None else o.logits for o in (attached, plain)]
             left, right = (o.astype(jnp.float32) for o in outputs)
