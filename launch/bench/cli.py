@@ -17,6 +17,7 @@ BENCHES = {
     "mfu": ("steppe.launch.bench.mfu", "MfuBench"),
     "sharpness": ("steppe.launch.bench.sharpness", "SharpnessBench"),
     "topk": ("steppe.launch.bench.topk", "TopKBench"),
+    "distill": ("steppe.launch.bench.distill", "DistillBench"),
     "merge": ("steppe.launch.bench.merge", "MergeBench"),
 }
 USAGE = f"usage: steppe bench {{{','.join(BENCHES)}}} [options]   (--help lists the options)"

@@ -30,6 +30,7 @@ def kd(**options):
 OBJECTIVES = {
     "kd": kd(ratio=0.5),
     "kd in pieces": kd(kind="jsd", vocab_chunk=8, ratio=0.5),
+    "kd, some tokens at a time": kd(kind="skew_forward_kl", token_chunk=8, ratio=0.5),
     "kd, top-k in pieces": kd(top_k=4, vocab_chunk=8),
     "atkd": distill.atkd,
     "atkd, reverse, in pieces": functools.partial(distill.atkd, reverse=True, vocab_chunk=8),

@@ -1,6 +1,7 @@
 """Distillation: divergences, dense and in pieces of the vocabulary, and the schemes around them.
 
-divergences, topk, chunked    what two next-token distributions differ by
+divergences, topk             what two next-token distributions differ by
+chunked, rowwise              the same without all logits: some columns, or some tokens, at a time
 pairs, vocabularies           a student and its frozen teacher as one set of parameters
 kd, atkd, kid, dwt, ctcd, minillm, features    objectives
 policies, replay              whose texts are learnt from
@@ -37,6 +38,7 @@ from steppe.train.distill.kid import imperfect, kid, rewrite, sample_mask
 from steppe.train.distill.minillm import minillm, minillm_scored
 from steppe.train.distill.pairs import Teacher, check_batch, with_teacher
 from steppe.train.distill.readout import Readout, readout_of
+from steppe.train.distill.rowwise import rowwise_loss
 from steppe.train.distill.topk import TopK, stored_divergence, top_k, topk_divergence
 from steppe.train.distill.vocabularies import check_tokenizers
 
@@ -76,6 +78,7 @@ __all__ = [
     "remap_parameters",
     "replay",
     "rewrite",
+    "rowwise_loss",
     "sample_mask",
     "soft_kl",
     "stored_divergence",

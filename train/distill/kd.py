@@ -47,6 +47,7 @@ from steppe.train.distill.pairs import (
     targets,
 )
 from steppe.train.distill.readout import readout_of
+from steppe.train.distill.rowwise import rowwise_loss
 from steppe.train.objectives.basic import negative_log_likelihood
 from steppe.train.types import Batch, LossOut, Objective, Params
 
@@ -162,6 +163,7 @@ def kd(
     top_k: int | None = None,
     vocab: int | None = None,
     vocab_chunk: int | None = None,
+    token_chunk: int | None = None,
     shards: int | None = None,
     shift: bool | None = None,
     policy: Rewrite | None = None,
@@ -181,6 +183,8 @@ def kd(
       vocab: common size of vocabularies that differ by padding at the end.
       vocab_chunk: columns of the vocabulary at a time (see ``chunked``); None = all logits of
         both models in memory at once. For decoders.
+      token_chunk: tokens at a time (see ``rowwise``), as exact, with the work of the dense form:
+        the better choice wherever a gradient is taken and no top_k. For decoders.
       shards: see ``chunked_divergence``; None = the size of the mesh axis "model".
       shift: logits at t answer for the label at t + 1; None = yes for language models.
       policy: ``(params, batch, key) -> batch`` applied inside the objective, such as
@@ -193,14 +197,41 @@ def kd(
     fraction(ratio, "ratio")
     pair = Pair(student, teacher, shift, vocab)
     measure = Measure(pair, kind, temperature, beta, alpha, top_k, vocab_chunk, shards)
+    scale = ratio * (temperature**2 if scale_tau2 else 1.0)
+    if token_chunk is not None and (top_k is not None or vocab_chunk is not None):
+        raise ValueError(
+            "token_chunk takes whole vocabularies: give it without vocab_chunk and top_k"
+        )
+
+    def by_tokens(params: Params, batch: Batch, key: Any, rows: int) -> LossOut:
+        found = pair.hidden(params, batch, key)
+        *sides, labels, mask = found
+        sums = rowwise_loss(
+            kind,
+            *sides,
+            mask,
+            labels,
+            temperature=temperature,
+            beta=beta,
+            alpha=alpha,
+            mix=(scale, 1 - ratio),
+            rows=rows,
+        )
+        weight = mask.astype(jnp.float32).sum()
+        aux = {"kd": (jax.lax.stop_gradient(sums.divergence), weight)}
+        if ratio < 1:
+            aux["ce"] = (jax.lax.stop_gradient(sums.nll), weight)
+        return LossOut(sums.loss, weight, aux)
 
     def objective(params: Params, batch: Batch, key: Any) -> LossOut:
         if policy is not None:
             batch = policy(params, batch, key)
+        if token_chunk is not None:
+            return by_tokens(params, batch, key, token_chunk)
         found = measure(params, batch, key, nll=ratio < 1)
         total, weight = masked_token_sum(found.divergence, found.mask)
         aux = {"kd": (jax.lax.stop_gradient(total), weight)}
-        total = total * (ratio * (temperature**2 if scale_tau2 else 1.0))
+        total = total * scale
         if found.nll is not None:
             ce = masked_token_sum(found.nll, found.mask)[0]
             aux["ce"] = (jax.lax.stop_gradient(ce), weight)
