@@ -158,7 +158,7 @@ def load(
         source=path,
         fresh=tuple(fresh),
         unused=tuple(sorted(t for t in shapes if t not in read and not _ignored(family, t))),
-        labels=_labels(raw),
+        labels=labels_of(raw),
     )
 
 
@@ -230,11 +230,39 @@ def save(
         if "image_mean" in raw:
             text = json.dumps(_preprocessor(raw), indent=2)
             (scratch / PREPROCESSOR).write_text(text + "\n", "utf-8")
-        for file in TOKENIZER_FILES if tokenizer_dir is not None else ():
-            origin = Path(tokenizer_dir) / file  # type: ignore[arg-type]
-            if origin.is_file():
-                (scratch / file).write_bytes(origin.read_bytes())
+        if tokenizer_dir is not None:
+            copy_tokenizer(tokenizer_dir, scratch)
     return target
+
+
+def copy_tokenizer(source: str | os.PathLike[str], target: Path) -> None:
+    """Copies the tokenizer's files of a folder; those that it lacks are left out."""
+    for file in TOKENIZER_FILES:
+        origin = Path(source) / file
+        if origin.is_file():
+            (target / file).write_bytes(origin.read_bytes())
+
+
+def describe(
+    config: Any, labels: Sequence[str] | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(config.json of a configuration, the fields that it does not hold); the head apart.
+
+    Raises:
+      ValueError: such a field is no JSON value.
+    """
+    family = family_of(config.family)
+    raw = {"model_type": family.name, **family.write(config), **_write_head(config.head, labels)}
+    plain, missing = family.read(raw), {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name == "head" or value == getattr(plain, field.name, None):
+            continue
+        flat = value if isinstance(value, tuple) else (value,)
+        if not all(item is None or isinstance(item, str | int | float) for item in flat):
+            raise ValueError(f"{field.name}={value!r} has no place in a {family.name} config.json")
+        missing[field.name] = value
+    return raw, missing
 
 
 def _by_tensor(names: Sequence[Name]) -> list[list[Name]]:
@@ -425,7 +453,8 @@ def _ignored(family: Family, tensor: str) -> bool:
     return tensor.endswith(family.ignored)
 
 
-def _labels(raw: Mapping[str, Any]) -> tuple[str, ...] | None:
+def labels_of(raw: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Names of the classes in a config.json, where it gives them."""
     names = raw.get("id2label")
     if not isinstance(names, Mapping):
         return None

@@ -1,5 +1,6 @@
-"""Optimisers: gradients -> updates, as optax transforms only."""
+"""Optimisers: gradients -> updates, as optax transforms; two players: ``minimax``."""
 
+from steppe.optim import minimax
 from steppe.optim.basic import adamw, schedule
 from steppe.optim.esam import esam
 from steppe.optim.flooding import flooding
@@ -16,6 +17,7 @@ __all__ = [
     "fsam",
     "gsam",
     "looksam",
+    "minimax",
     "rho_like",
     "sam",
     "schedule",

@@ -1,0 +1,423 @@
+"""Generators of inputs for a teacher: from noise to what stands in place of its embeddings.
+
+  body       h = G_y(z), [B, T, d_G]: a learned network on noise, or a language model that reads
+             noise; its output representations, never sampled tokens, so that gradients flow
+  adapter    "linear"      LayerNorm(h W + b) * s, W in R^{d_G x d_M}; s starts at the scale of
+                           the teacher's embeddings
+             "soft_embed"  softmax(l / tau) E with l in R^V the body's logits and E the teacher's
+                           embedding table: inputs stay convex combinations of real tokens
+             "gumbel"      the token of the largest l + Gumbel noise, straight through: its row of
+                           E forwards, the softmax of the noisy l / tau backwards
+             None          h itself, where d_G = d_M
+
+A vision teacher is fed with patch embeddings (the adapter "linear"), or with whole images by
+:func:`pixels`. The teacher adds its positions itself; the attention mask is all ones.
+
+A generator is two functions: ``init(key) -> y`` and ``apply(y, teacher's parameters, key) ->
+Synthetic``. Everything random comes from the key.
+
+Zhu et al., EMNLP 2023 (arXiv 2310.13315): the adapter of the paper is not public, these are ours.
+Jang et al., ICLR 2017 for the Gumbel form.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from steppe.models import tree
+from steppe.models.decoder import DecoderConfig
+from steppe.models.encoder import EncoderConfig
+from steppe.models.layout import rows as by_rows
+from steppe.models.masks import uniform
+from steppe.models.model import Batch, Model, ModelOut, Rules
+from steppe.models.tree import Params
+from steppe.models.vision import VisionConfig
+
+Adapter = Literal["linear", "soft_embed", "gumbel"]
+ADAPTERS = ("linear", "soft_embed", "gumbel", None)
+TABLE = "embed/word/table"
+EPSILON = 1e-6
+
+
+class Synthetic(NamedTuple):
+    """Inputs of a model.
+
+    Attributes:
+      batch: what ``Model.apply`` takes as batch.
+      embeds: [B, T, D] in place of the look-up, or None.
+    """
+
+    batch: Batch
+    embeds: jax.Array | None
+
+
+@dataclass(frozen=True)
+class Generator:
+    """See the module.
+
+    Attributes:
+      init: ``(key) -> y``, float32; empty for one that has nothing to learn.
+      apply: ``(y, teacher's parameters, key) -> Synthetic``.
+      axes: sharding rules of y.
+    """
+
+    init: Callable[[jax.Array], Params]
+    apply: Callable[[Params, Params, jax.Array], Synthetic]
+    axes: Rules = ((r".*", ()),)
+
+
+def noise(
+    teacher: Model,
+    *,
+    rows: int,
+    length: int,
+    adapter: Adapter | None = "soft_embed",
+    width: int = 128,
+    noise_width: int = 32,
+    hidden: int = 256,
+    tau: float = 1.0,
+    ends: tuple[int, int] | None = None,
+) -> Generator:
+    """A learned noise-to-embedding network.
+
+      h_t = W_2 gelu(W_z z + W_n n_t + p_t + b_1) + b_2,   z, n_t ~ N(0, 1), p_t learned
+
+    Args:
+      teacher: the model whose inputs are made.
+      rows, length: B and T of what is made; T patches (a square) of a vision teacher.
+      adapter: see the module; None needs width = d_M.
+      width: d_G.
+      noise_width, hidden: of z and n_t, and of the hidden layer.
+      tau: temperature of "soft_embed" and "gumbel".
+      ends: ids of the tokens that begin and end every text of the teacher ([CLS], [SEP]), which
+        then stand there.
+
+    Raises:
+      ValueError: a size below 1, tau <= 0, an unknown adapter, one that the teacher cannot take,
+        or a width that does not fit without one.
+    """
+    for name, value in (("width", width), ("noise_width", noise_width), ("hidden", hidden)):
+        _positive(value, name)
+    adapt = _adapter(teacher, adapter, width, tau, ends, rows, length)
+
+    def init(key: jax.Array) -> Params:
+        a, b, c, d, e = jax.random.split(key, 5)
+        return {
+            "body": {
+                "global": _kernel(a, noise_width, hidden),
+                "token": _kernel(b, noise_width, hidden),
+                "position": jax.random.normal(c, (length, hidden)),
+                "hidden": {"bias": jnp.zeros(hidden)},
+                "out": {"kernel": _kernel(d, hidden, width), "bias": jnp.zeros(width)},
+            },
+            **adapt.init(e),
+        }
+
+    def apply(y: Params, params: Params, key: jax.Array) -> Synthetic:
+        a, b, c = jax.random.split(key, 3)
+        body = y["body"]
+        dtype = body["global"].dtype
+        z = by_rows(jax.random.normal(a, (rows, 1, noise_width), dtype))
+        n = by_rows(jax.random.normal(b, (rows, length, noise_width), dtype))
+        x = z @ body["global"] + n @ body["token"] + body["position"] + body["hidden"]["bias"]
+        h = jax.nn.gelu(x) @ body["out"]["kernel"] + body["out"]["bias"]
+        return adapt.apply(y, h, None, params, c)
+
+    return Generator(init, apply)
+
+
+def decoder(
+    teacher: Model,
+    lm: Model,
+    *,
+    rows: int,
+    length: int,
+    adapter: Adapter | None = "linear",
+    reads: Literal["tokens", "normal"] = "tokens",
+    tau: float = 1.0,
+    ends: tuple[int, int] | None = None,
+) -> Generator:
+    """An autoregressive language model that reads noise; h are its last hidden states.
+
+    What it reads does not depend on what it says: h_t sees the noise up to t, in one pass.
+
+    Args:
+      teacher, rows, length, adapter, tau, ends: see :func:`noise`. "soft_embed" and "gumbel" take
+        the logits of ``lm``, whose vocabulary must be the teacher's.
+      lm: a decoder; y holds its parameters below ``body``: replace those of ``init`` by
+        pretrained ones.
+      reads: "tokens" = the embeddings of ids drawn at random, which a pretrained model knows, or
+        "normal" = normal noise of the same scale.
+
+    Raises:
+      ValueError: as :func:`noise`; a vocabulary that differs; rows that are too long for ``lm``.
+    """
+    if reads not in ("tokens", "normal"):
+        raise ValueError(f"reads must be 'tokens' or 'normal', got {reads!r}")
+    if length > lm.config.max_length:
+        raise ValueError(f"length must be <= {lm.config.max_length}, lm's positions, got {length}")
+    soft = adapter in ("soft_embed", "gumbel")
+    if soft and (lm.config.head is None or lm.config.vocab_size != _vocabulary(teacher)):
+        raise ValueError(
+            f"adapter {adapter!r} needs an lm with a language-model head over the teacher's "
+            f"{_vocabulary(teacher)} tokens, got {lm.config.vocab_size}: use adapter='linear'"
+        )
+    adapt = _adapter(teacher, adapter, lm.config.width, tau, ends, rows, length, own_logits=soft)
+
+    def init(key: jax.Array) -> Params:
+        a, b = jax.random.split(key)
+        return {"body": lm.init(a), **adapt.init(b)}
+
+    def apply(y: Params, params: Params, key: jax.Array) -> Synthetic:
+        a, b = jax.random.split(key)
+        table = y["body"]["embed"]["word"]["table"]
+        if reads == "tokens":
+            read = table[jax.random.randint(a, (rows, length), 0, len(table))]
+        else:
+            read = jax.random.normal(a, (rows, length, table.shape[1]), table.dtype) * _rms(table)
+        out = lm.apply(y["body"], {}, embeds=by_rows(read))
+        return adapt.apply(y, out.hidden, out.logits if soft else None, params, b)
+
+    axes = tuple((rf"body/(?:{pattern})", dims) for pattern, dims in lm.axes)
+    return Generator(init, apply, (*axes, (r".*", ())))
+
+
+def random_tokens(
+    teacher: Model, *, rows: int, length: int, ends: tuple[int, int] | None = None, first: int = 0
+) -> Generator:
+    """Tokens drawn at random from ``first`` on: nothing to learn, the baseline of a game.
+
+    Raises:
+      ValueError: a teacher without tokens, sizes that do not fit.
+    """
+    vocabulary = _vocabulary(teacher)
+    _fits(teacher, rows, length)
+    if not 0 <= first < vocabulary:
+        raise ValueError(f"first must lie in 0..{vocabulary - 1}, got {first}")
+
+    def apply(y: Params, params: Params, key: jax.Array) -> Synthetic:
+        ids = by_rows(jax.random.randint(key, (rows, length), first, vocabulary))
+        if ends is not None:
+            ids = ids.at[:, 0].set(ends[0]).at[:, -1].set(ends[1])
+        table = tree.get(params, TABLE)
+        return Synthetic(_ones(rows, length), table[ids])
+
+    return Generator(lambda key: {}, apply)
+
+
+def pixels(
+    teacher: Model,
+    *,
+    rows: int,
+    size: int | None = None,
+    noise_width: int = 64,
+    hidden: int = 256,
+) -> Generator:
+    """Images for a vision teacher from a network of two layers on normal noise.
+
+    Every image has mean 0 and variance 1, as normalised ones have on average.
+
+    Raises:
+      ValueError: a teacher that sees no images, or a size that is no multiple of its patch.
+    """
+    config = teacher.config
+    if not isinstance(config, VisionConfig):
+        raise ValueError(f"pixels needs a vision teacher, got {type(config).__name__}")
+    side = config.image_size if size is None else size
+    for name, value in (("rows", rows), ("noise_width", noise_width), ("hidden", hidden)):
+        _positive(value, name)
+    if side < 1 or side % config.patch:
+        raise ValueError(f"size must be a multiple of the patch {config.patch}, got {side}")
+    shape = (side, side, config.channels)
+
+    def init(key: jax.Array) -> Params:
+        a, b = jax.random.split(key)
+        out = math.prod(shape)
+        return {
+            "in": {"kernel": _kernel(a, noise_width, hidden), "bias": jnp.zeros(hidden)},
+            "out": {"kernel": _kernel(b, hidden, out), "bias": jnp.zeros(out)},
+        }
+
+    def apply(y: Params, params: Params, key: jax.Array) -> Synthetic:
+        z = by_rows(jax.random.normal(key, (rows, noise_width), y["in"]["kernel"].dtype))
+        x = jax.nn.gelu(z @ y["in"]["kernel"] + y["in"]["bias"])
+        x = _standard(x @ y["out"]["kernel"] + y["out"]["bias"])
+        return Synthetic({"pixel_values": x.reshape(rows, *shape)}, None)
+
+    return Generator(init, apply)
+
+
+def feeding(model: Model) -> Model:
+    """``model`` reading batches that hold ``embeds``: what a generator makes, as a data set.
+
+    A batch of :func:`batches` then goes where batches go: calibration, Gram matrices.
+    """
+
+    def apply(params: Params, batch: Batch, **options: Any) -> ModelOut:
+        rest = {name: value for name, value in batch.items() if name != "embeds"}
+        return model.apply(params, rest, embeds=batch.get("embeds"), **options)
+
+    return dataclasses.replace(model, apply=apply)
+
+
+def batches(
+    generator: Generator, y: Params, params: Params, key: jax.Array, count: int
+) -> list[dict[str, Any]]:
+    """``count`` batches for :func:`feeding`; ``params`` are the teacher's.
+
+    Raises:
+      ValueError: count < 1.
+    """
+    _positive(count, "count")
+
+    @jax.jit
+    def make(y: Params, params: Params, key: jax.Array) -> dict[str, Any]:
+        batch, embeds = generator.apply(y, params, key)
+        return dict(batch) if embeds is None else {**batch, "embeds": embeds}
+
+    return [make(y, params, k) for k in jax.random.split(key, count)]
+
+
+# Adapters ------------------------------------------------------------------------------------
+
+
+class _Adapt(NamedTuple):
+    """init(key) -> {"adapter": ...} or {}; apply(y, h, logits, teacher's params, key)."""
+
+    init: Callable[[jax.Array], Params]
+    apply: Callable[[Params, jax.Array, jax.Array | None, Params, jax.Array], Synthetic]
+
+
+def _adapter(
+    teacher: Model,
+    adapter: Adapter | None,
+    width: int,
+    tau: float,
+    ends: tuple[int, int] | None,
+    rows: int,
+    length: int,
+    *,
+    own_logits: bool = False,
+) -> _Adapt:
+    if adapter not in ADAPTERS:
+        names = ", ".join(repr(a) for a in ADAPTERS)
+        raise ValueError(f"adapter must be one of {names}, got {adapter!r}")
+    if not (isinstance(tau, int | float) and 0 < tau < math.inf):
+        raise ValueError(f"tau must be a finite number > 0, got {tau!r}")
+    _fits(teacher, rows, length)
+    target = teacher.config.width
+    soft = adapter in ("soft_embed", "gumbel")
+    if adapter is None and width != target:
+        raise ValueError(
+            f"the generator is {width} wide and the teacher's embeddings {target}: choose an "
+            "adapter ('linear' or 'soft_embed'), or make them equal"
+        )
+    if soft or ends is not None:
+        _vocabulary(teacher)
+
+    def init(key: jax.Array) -> Params:
+        if adapter is None or own_logits:
+            return {}
+        if soft:
+            return {"adapter": {"kernel": _kernel(key, width, _vocabulary(teacher))}}
+        kernel = _kernel(key, width, target)
+        # What the gain is multiplied by is the teacher's own scale, so that 1 is in its domain.
+        gain = {"scale": jnp.ones(target), "bias": jnp.zeros(target)}
+        return {"adapter": {"kernel": kernel, "bias": jnp.zeros(target), "norm": gain}}
+
+    def apply(
+        y: Params, h: jax.Array, logits: jax.Array | None, params: Params, key: jax.Array
+    ) -> Synthetic:
+        own = y.get("adapter", {})
+        if soft:
+            table = tree.get(params, TABLE)
+            l = h @ own["kernel"] if logits is None else logits  # noqa: E741
+            l = l.astype(jnp.float32)  # noqa: E741
+            if adapter == "gumbel":
+                l = l - jnp.log(-jnp.log(uniform(key, l.shape)))  # noqa: E741
+            share = jax.nn.softmax(l / tau, axis=-1)
+            embeds = (share.astype(table.dtype).reshape(-1, share.shape[-1]) @ table).reshape(
+                *share.shape[:-1], -1
+            )
+            if adapter == "gumbel":
+                hard = table[jnp.argmax(l, axis=-1)]
+                embeds = hard + (embeds - jax.lax.stop_gradient(embeds))
+        elif adapter == "linear":
+            x = _standard(h @ own["kernel"] + own["bias"])
+            x = x * own["norm"]["scale"] + own["norm"]["bias"]
+            embeds = x * _scale(params).astype(x.dtype)
+        else:
+            embeds = h
+        if isinstance(teacher.config, VisionConfig):
+            return Synthetic({}, embeds)
+        if ends is not None:
+            table = tree.get(params, TABLE)
+            for place, token in zip((0, -1), ends, strict=True):
+                embeds = embeds.at[:, place].set(table[token].astype(embeds.dtype))
+        return Synthetic(_ones(rows, length), embeds)
+
+    return _Adapt(init, apply)
+
+
+def _fits(teacher: Model, rows: int, length: int) -> None:
+    _positive(rows, "rows")
+    _positive(length, "length")
+    config = teacher.config
+    if not isinstance(config, EncoderConfig | DecoderConfig | VisionConfig):
+        raise ValueError(
+            "a generator feeds encoders, decoders and vision models, got a teacher of "
+            f"{type(config).__name__}"
+        )
+    if isinstance(config, VisionConfig):
+        if math.isqrt(length) ** 2 != length:
+            raise ValueError(f"length must be a square number of patches, got {length}")
+    elif length > config.max_length:
+        raise ValueError(f"length must be <= {config.max_length}, the positions, got {length}")
+
+
+def _vocabulary(teacher: Model) -> int:
+    size = getattr(teacher.config, "vocab_size", None)
+    if size is None or TABLE not in tree.paths(teacher.abstract()):
+        raise ValueError(
+            f"the teacher has no word table at {TABLE!r}: use adapter='linear' and no ends"
+        )
+    return int(size)
+
+
+def _ones(rows: int, length: int) -> Batch:
+    return {"attention_mask": jnp.ones((rows, length), jnp.int32)}
+
+
+def _kernel(key: jax.Array, inputs: int, outputs: int) -> jax.Array:
+    return jax.random.normal(key, (inputs, outputs)) / math.sqrt(inputs)
+
+
+def _standard(x: jax.Array) -> jax.Array:
+    """Mean 0 and variance 1 over the last axis, in float32."""
+    wide = x.astype(jnp.float32)
+    wide = wide - wide.mean(-1, keepdims=True)
+    wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + EPSILON)
+    return wide.astype(x.dtype)
+
+
+def _scale(params: Params) -> jax.Array:
+    """Root mean square of the teacher's word embeddings; 1 for one without a table."""
+    flat = tree.flatten(params)
+    return _rms(flat[TABLE]) if TABLE in flat else jnp.float32(1)
+
+
+def _rms(table: jax.Array) -> jax.Array:
+    wide = jax.lax.stop_gradient(table.astype(jnp.float32))
+    return jnp.sqrt(jnp.square(wide).mean()).astype(table.dtype)
+
+
+def _positive(value: Any, name: str) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
