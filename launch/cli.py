@@ -16,6 +16,8 @@ USAGE = """\
 usage: steppe COMMAND [options]      (steppe COMMAND --help lists the options)
 
   finetune [RECIPE]   fine-tune a pretrained model, evaluate, report, export
+  distill [RECIPE]    a student learns from a teacher, evaluate both, report, export
+  quantize MODEL      a model as integers by several methods, with what each costs
   compare [RECIPE]    sharpness methods x seeds x sizes x sources, or merging methods x seeds:
                       one table with a paired test
   merge METHOD BASE MODEL ...
@@ -26,11 +28,12 @@ usage: steppe COMMAND [options]      (steppe COMMAND --help lists the options)
   assets              list, fetch or check real models and data sets
   report RUN          write the report of a run folder again
   sharpness RUN       how sharp the loss is around a run's model, drawn and in numbers
+  overlays list       the parameter-efficient methods of finetune --overlay
   papers [NAME]       the systems that steppe implements
   bench NAME          benchmarks: finetune, lm-step, generate, compile, load, imports, mfu
   --version           print the versions that matter
 
-recipes: {recipes}; compare: {comparisons}
+recipes: {recipes}; distill: {distillations}; compare: {comparisons}
 """
 
 
@@ -78,6 +81,8 @@ def _one_line(error: BaseException) -> str:
 def _dispatch(args: list[str]) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "finetune": _finetune,
+        "distill": _distill,
+        "quantize": _quantize,
         "compare": _compare,
         "merge": _merge,
         "evaluate": _evaluate,
@@ -86,13 +91,19 @@ def _dispatch(args: list[str]) -> int:
         "assets": _assets,
         "report": _report,
         "sharpness": _sharpness,
+        "overlays": _overlays,
         "papers": _papers,
         "bench": _bench,
     }
     if not args or args[0] in ("-h", "--help", "help"):
+        from steppe.launch.distill.recipes import RECIPES as DISTILLATIONS
         from steppe.launch.recipes import COMPARISONS, RECIPES
 
-        names = {"recipes": ", ".join(RECIPES), "comparisons": ", ".join(COMPARISONS)}
+        names = {
+            "recipes": ", ".join(RECIPES),
+            "distillations": ", ".join(DISTILLATIONS),
+            "comparisons": ", ".join(COMPARISONS),
+        }
         print(USAGE.format(**names), end="")
         return 0 if args else 2
     if args[0] == "--version":
@@ -160,6 +171,23 @@ def _finetune(args: list[str]) -> int:
     return 0
 
 
+def _distill(args: list[str]) -> int:
+    from steppe.launch.distill.recipes import RECIPES
+    from steppe.launch.distill.settings import DistillConfig
+
+    default, prog = DistillConfig(), "distill"
+    if args and not args[0].startswith("-"):
+        if args[0] not in RECIPES:
+            raise ValueError(_unknown("recipe", args[0], RECIPES))
+        default, prog = RECIPES[args[0]](), f"distill {args[0]}"
+        args = args[1:]
+    config = _parse(DistillConfig, args, prog, default)
+    from steppe.launch.distill import command
+
+    command.run(config, command=["steppe", *prog.split(), *args])
+    return 0
+
+
 def _compare(args: list[str]) -> int:
     from steppe.launch.compare.settings import CompareConfig
     from steppe.launch.recipes import COMPARISONS
@@ -202,6 +230,17 @@ def _merge(args: list[str]) -> int:
     from steppe.launch.merge import command
 
     command.run(config, command=["steppe", "merge", *args])
+    return 0
+
+
+def _quantize(args: list[str]) -> int:
+    from steppe.launch.quantize.settings import QuantizeConfig
+
+    config = _parse(QuantizeConfig, _model_first(args), "quantize")
+    _named(config.model, "quantize")
+    from steppe.launch.quantize import command
+
+    command.run(config, command=["steppe", "quantize", *args])
     return 0
 
 
@@ -301,6 +340,16 @@ def _sharpness(args: list[str]) -> int:
     config = _parse(sharpness.SharpnessConfig, args, "sharpness")
     sharpness.check_run(config.run)
     sharpness.run(config)
+    return 0
+
+
+def _overlays(args: list[str]) -> int:
+    if args != ["list"]:
+        print("usage: steppe overlays list")
+        return 0 if args and args[0] in ("-h", "--help") else 2
+    from steppe.launch import overlays
+
+    print(overlays.show())
     return 0
 
 

@@ -144,6 +144,8 @@ class FinetuneConfig:
       model: model folder, file of weights (``.onnx``, ``.gguf``, ``.bin``), or ``asset:NAME``.
       out: run folder; empty = runs/ and a name made of data and model.
       data, optim, lora: see there.
+      overlay: parameter-efficient methods in place of full fine-tuning, ``NAME`` or
+        ``NAME:SETTING=VALUE,...``, see ``steppe overlays list``; several are composed.
       sharpness: sharpness-aware method around AdamW, see ``steppe.optim``; most take two
         gradients a step. What follows, up to ascent, are its settings, None being the
         method's default, see ``steppe.launch.optimiser``.
@@ -191,6 +193,7 @@ class FinetuneConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    overlay: tuple[str, ...] = ()
     sharpness: optimiser.Method = "none"
     rho: float | None = None
     rho_warmup: float = 0.0
@@ -246,7 +249,9 @@ class FinetuneConfig:
             raise ValueError(f"seed must be in [0, 2^32), got {self.seed}")
         if not 0.0 <= self.ema < 1.0:
             raise ValueError(f"ema must be in [0, 1), got {self.ema}")
-        if self.probe and (self.lora.rank or self.freeze or self.ema):
+        if self.overlay and self.lora.rank:
+            raise ValueError("overlay and lora.rank are both given: write --overlay lora:rank=8")
+        if self.probe and (self.lora.rank or self.overlay or self.freeze or self.ema):
             raise ValueError(
                 "probe=True trains the head alone: it goes with neither lora, freeze nor ema"
             )
@@ -440,7 +445,7 @@ def from_dict(kind: type, values: Mapping[str, Any]) -> Any:
 
 
 def read(run: Path) -> FinetuneConfig:
-    """The config of a run folder.
+    """The config of a run folder; of one of ``steppe distill``, the training of its student.
 
     Raises:
       FileNotFoundError: it is not a run folder.
@@ -453,4 +458,9 @@ def read(run: Path) -> FinetuneConfig:
         values = json.loads(file.read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is damaged ({error})") from error
+    if isinstance(values, dict) and {"teacher", "scheme"} <= set(values):
+        from steppe.launch.distill.settings import DistillConfig
+
+        distilled: DistillConfig = from_dict(DistillConfig, values)
+        return distilled.training()
     return from_dict(FinetuneConfig, values)

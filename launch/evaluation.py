@@ -40,12 +40,8 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     if split == "auto":
         # The hash split of another source would be a tenth of it, and means nothing there.
         split = "test" if own is not None and own.source == data.source else "all"
-    loaded = pretrained.load(origin.weights)
+    loaded = opening.with_output(origin.weights, data.task)
     head = loaded.model.config.head
-    if head is None and data.task in ("lm", "chat", "seq2seq"):
-        # Saved without the class of a head; a tied one is there all the same.
-        loaded = pretrained.load(origin.weights, head="lm")
-        head = None if loaded.fresh else loaded.model.config.head
     if head is None:
         raise ValueError(
             f"model {config.model!r} has no head to evaluate; fine-tune it first, "

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from steppe.launch import config as config_
 from steppe.launch import kinds, optimiser, outputs, scoring
 from steppe.launch.config import FinetuneConfig
-from steppe.launch.finish import finish
+from steppe.launch.finish import More, finish
 from steppe.launch.pieces import Pieces, build, start
 from steppe.models import tree
 from steppe.train import checkpoint, loop, metrics
@@ -55,7 +55,7 @@ def run(config: FinetuneConfig, command: Sequence[str] = ()) -> dict[str, Any]:
     console = Console(stderr=True)
     config = optimiser.resolved(config)
     folder = config.run
-    _check_folder(config, folder)
+    check_folder(config, folder, _fixed)
     begin = time.perf_counter()
     pieces = build(config)
     if config.dry_run:
@@ -64,14 +64,40 @@ def run(config: FinetuneConfig, command: Sequence[str] = ()) -> dict[str, Any]:
         return dryrun.show(pieces)
     timings = {"setup_s": time.perf_counter() - begin}
     _describe(console, pieces, folder)
+    return carry_out(pieces, config, _fixed(config), command, timings)
 
+
+def carry_out(
+    pieces: Pieces,
+    settings: Any,
+    fixed: Mapping[str, Any],
+    command: Sequence[str],
+    timings: dict[str, float],
+    *,
+    more: More | None = None,
+) -> dict[str, Any]:
+    """Trains, evaluates, exports and reports in the run folder of ``pieces.config``.
+
+    Args:
+      settings: those of the command, a dataclass; written as config.json.
+      fixed: of them, those that must be the same when the run is resumed.
+      timings: of what came before, seconds.
+      more: see ``finish``; with it the model is scored before its training whatever its task.
+
+    Returns:
+      What is in results.json.
+    """
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    config, folder = pieces.config, pieces.config.run
     state = start(pieces, donate=True)
     writers: list[Any] = [metrics.JsonLines(folder / "metrics.jsonl")]
     if config.tensorboard:
         writers.append(metrics.TensorBoard(folder / "tensorboard"))
-    manifest = {"config": _fixed(config), "base": checkpoint.fingerprint(state.frozen)}
+    manifest = {"config": dict(fixed), "base": checkpoint.fingerprint(state.frozen)}
     if not (config.resume and (folder / CONFIG).is_file()):
-        outputs.write_json(folder / CONFIG, config_.to_dict(config))
+        outputs.write_json(folder / CONFIG, config_.to_dict(settings))
     checkpoints = checkpoint.Checkpoints(
         folder / "checkpoints", keep=config.keep, manifest=manifest
     )
@@ -90,7 +116,7 @@ def run(config: FinetuneConfig, command: Sequence[str] = ()) -> dict[str, Any]:
 
     begin = time.perf_counter()
     try:
-        earlier = _before(pieces, state, folder, writers, console)
+        earlier = _before(pieces, state, folder, writers, console, always=more is not None)
         timings["before_s"] = time.perf_counter() - begin
         begin = time.perf_counter()
         if config.probe:
@@ -98,7 +124,7 @@ def run(config: FinetuneConfig, command: Sequence[str] = ()) -> dict[str, Any]:
         else:
             state = _train(pieces, state, checkpoints, writers, console)
         timings["train_s"] = time.perf_counter() - begin
-        results = finish(pieces, state, folder, list(command), timings, earlier)
+        results = finish(pieces, state, folder, list(command), timings, earlier, more)
     except loop.Interrupted:
         raise
     except KeyboardInterrupt:
@@ -129,10 +155,16 @@ def _finished(folder: Path) -> dict[str, Any] | None:
 
 
 def _before(
-    pieces: Pieces, state: TrainState, folder: Path, writers: Sequence[Any], console: Any
+    pieces: Pieces,
+    state: TrainState,
+    folder: Path,
+    writers: Sequence[Any],
+    console: Any,
+    *,
+    always: bool = False,
 ) -> dict[str, Any]:
     """The scores of a language model that has not been trained, as step 0 of the log."""
-    if pieces.data.task.kind not in kinds.WRITTEN:
+    if pieces.data.task.kind not in kinds.WRITTEN and not always:
         return {}
     if int(state.step) > 0:
         return scoring.read_before(folder)
@@ -172,7 +204,10 @@ def _train(
     config = pieces.config
 
     def score(state: TrainState) -> Mapping[str, float]:
-        return _shown(scoring.score(pieces, state.full(), "valid").metrics)
+        found = scoring.score(pieces, state.full(), "valid").metrics
+        if pieces.heard is not None:
+            pieces.heard(found)
+        return _shown(found)
 
     with Progress(pieces.steps, console) as progress:
         return loop.run(
@@ -190,8 +225,24 @@ def _train(
         )
 
 
-def _check_folder(config: FinetuneConfig, folder: Path) -> None:
-    """Refuses to write into a folder that holds something, unless it is this run's."""
+def check_folder(
+    config: Any,
+    folder: Path,
+    fixed: Callable[[Any], dict[str, Any]],
+    read: Callable[[Path], Any] = config_.read,
+) -> None:
+    """Refuses to write into a folder that holds something, unless it is this run's.
+
+    Args:
+      config: settings with ``resume`` and ``dry_run``.
+      fixed: of settings, those that must be the same when the run is resumed.
+      read: reads the settings of a run folder.
+
+    Raises:
+      FileExistsError: the folder holds another run, or other files.
+      FileNotFoundError: there is nothing to resume.
+      ValueError: the run has other settings.
+    """
     if config.dry_run:
         return
     held = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
@@ -200,7 +251,7 @@ def _check_folder(config: FinetuneConfig, folder: Path) -> None:
     if config.resume:
         if not (folder / CONFIG).is_file():
             raise FileNotFoundError(f"nothing to resume: {folder} holds no {CONFIG}")
-        old, new = _fixed(config_.read(folder)), _fixed(config)
+        old, new = fixed(read(folder)), fixed(config)
         different = checkpoint.first_difference(old, new)
         if different is not None:
             path, was, now = different

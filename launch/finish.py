@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from steppe.launch import machine, optimiser, outputs, scoring
+from steppe.launch import machine, optimiser, outputs, overlays, scoring
 from steppe.launch.pieces import Pieces
 from steppe.models import pretrained, tree
 from steppe.train import evaluate
 from steppe.train.types import Params, TrainState
 
+# (content of results.json so far, all parameters, evaluation of the test split): adds to the first.
+More: TypeAlias = Callable[[dict[str, Any], Params, evaluate.EvalResult], None]
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
 
 
@@ -26,12 +28,14 @@ def finish(
     command: Sequence[str],
     timings: dict[str, float],
     earlier: Mapping[str, Any],
+    more: More | None = None,
 ) -> dict[str, Any]:
     """Evaluates every split but the training one, fits the baselines, exports, writes.
 
     Args:
       timings: of what came before, seconds; completed here.
       earlier: what ``scoring.before`` found; empty for tasks without.
+      more: what another command finds of the trained model, see ``More``.
 
     Returns:
       What is in results.json.
@@ -49,7 +53,7 @@ def finish(
         outputs.predictions(test, data.splits["test"], config.data),
     )
     labels = data.task.label_names or None
-    merge_difference = export(pieces, params, folder / "model", labels)
+    merge_difference = export(pieces, pieces.own(params), folder / "model", labels)
     timings["evaluate_s"] = time.perf_counter() - begin
     begin = time.perf_counter()
     baselines = _baselines(pieces) if config.baselines else {}
@@ -68,8 +72,8 @@ def finish(
         "model": {
             "name": pieces.origin.name,
             "licence": pieces.origin.licence,
-            "parameters": tree.count(state.params) + tree.count(state.frozen),
-            "trainable": tree.count(state.params),
+            "parameters": tree.count(pieces.own(params)),
+            "trainable": tree.count(pieces.own(state.params)),
         },
         "optimiser": {
             "method": optimiser.describe(config),
@@ -87,6 +91,10 @@ def finish(
         found["data"]["packing"] = str(packing)
     if merge_difference is not None:
         found["model"]["largest_logit_difference_after_merge"] = merge_difference
+    if more is not None:
+        begin = time.perf_counter()
+        more(found, params, test)
+        timings["compare_s"] = time.perf_counter() - begin
     outputs.write_json(folder / "results.json", found)
     return found
 
@@ -95,8 +103,12 @@ def export(
     pieces: Pieces, params: Params, target: Path, labels: Sequence[str] | None
 ) -> float | None:
     """Writes the Hugging Face folder; an overlay is merged, in float32, and the largest logit
-    difference that this makes on a batch of the test split is returned."""
+    difference that this makes on a batch of the test split is returned. One that cannot be merged
+    is written by itself, beside the address and the hash of its base."""
     difference = None
+    if pieces.overlay is not None and pieces.overlay.merge is None:
+        _export_overlay(pieces, params, target, labels)
+        return None
     if pieces.overlay is not None:
         batch = next(iter(pieces.evaluation("test")))
         inputs = {k: np.asarray(v) for k, v in batch.items() if k in _INPUTS}
@@ -115,6 +127,26 @@ def export(
     if own.is_file() and pieces.data.tokenizer is not None:  # inside a file of weights
         pieces.data.tokenizer.save(target)
     return difference
+
+
+def _export_overlay(
+    pieces: Pieces, params: Params, target: Path, labels: Sequence[str] | None
+) -> None:
+    live, _ = tree.split(params, pieces.model.trainable)
+    own, given = pieces.origin.tokenizer, pieces.config.model
+    words = pieces.data.tokenizer
+    overlays.save(
+        target,
+        pieces.overlay,
+        live,
+        base=given if given.startswith("asset:") else str(Path(given).expanduser().resolve()),
+        hashed=pieces.base_hash,
+        model=pieces.loaded.model,
+        labels=labels,
+        tokenizer_dir=own if own.is_dir() and words is not None else None,
+    )
+    if own.is_file() and words is not None:  # inside a file of weights
+        words.save(target)
 
 
 def _baselines(pieces: Pieces) -> dict[str, dict[str, float]]:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from steppe.data.text import Tokenizer
-from steppe.launch import kinds, setup
-from steppe.models import pretrained
+from steppe.launch import kinds, overlays, setup
+from steppe.models import packed, pretrained
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,25 @@ def resolve(name: str) -> setup.Origin:
     return setup.origin(name)
 
 
+def with_output(weights: Path, task: str) -> pretrained.Loaded:
+    """The model with its head; of a language model that was saved without the class of a head, a
+    tied one is there all the same.
+
+    Args:
+      task: kind of the data, which says whether a language model is meant.
+    """
+    if overlays.is_overlay(weights):
+        return overlays.load(weights)
+    if packed.is_packed(weights):
+        held = packed.load(weights)
+        return pretrained.Loaded(held.model, held.params, weights, (), (), held.labels)
+    loaded = pretrained.load(weights)
+    if loaded.model.config.head is not None or task not in ("lm", "chat", "seq2seq"):
+        return loaded
+    found = pretrained.load(weights, head="lm")
+    return loaded if found.fresh else found
+
+
 def open_writer(name: str, dtype: str = "float32") -> Opened:
     """Opens a model that writes text.
 
@@ -50,7 +69,10 @@ def open_writer(name: str, dtype: str = "float32") -> Opened:
     kinds.check_writer(bare, name)
     tokenizer = Tokenizer.open(origin.tokenizer)
     setup.check_vocabulary(tokenizer, bare.vocab_size, origin.tokenizer)
-    loaded = pretrained.load(origin.weights, dtype=dtype)
+    if overlays.is_overlay(origin.weights):
+        loaded = overlays.load(origin.weights, dtype)
+    else:
+        loaded = pretrained.load(origin.weights, dtype=dtype)
     if loaded.model.config.head is None:
         # Saved without the class of a head; a tied one needs nothing more.
         loaded = pretrained.load(origin.weights, head="lm", dtype=dtype)

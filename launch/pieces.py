@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 
 from steppe.data import batches as batches_
 from steppe.launch import config as config_
-from steppe.launch import kinds, optimiser, probe, setup
+from steppe.launch import kinds, optimiser, overlays, probe, setup
 from steppe.launch.config import FinetuneConfig
 from steppe.models import pretrained, tree
 from steppe.models.overlays import lora
@@ -21,7 +21,7 @@ from steppe.models.overlays.overlay import BASE
 from steppe.optim import basic
 from steppe.train import mesh, step
 from steppe.train.objectives import basic as objectives
-from steppe.train.types import TrainState
+from steppe.train.types import Objective, Params, TrainState
 
 # Settings of the networks that --drop replaces.
 _RATES = ("drop", "attn_drop", "ffn_drop")
@@ -38,6 +38,12 @@ class Pieces:
       data, plan, tx, schedule, train: see their modules.
       batches: endless training batches.
       steps, epoch: updates in the run and in one pass.
+      branch: name below which the model's own parameters stand in those of the state, where
+        there are others beside them (a teacher's); empty = they are all.
+      beside: these others, by name.
+      extra: what the state holds beside all parameters, see ``TrainState``.
+      heard: is told the metrics of every validation.
+      base_hash: of the base's parameters, where an overlay is bound.
     """
 
     config: FinetuneConfig
@@ -54,6 +60,15 @@ class Pieces:
     batches: Any
     steps: int
     epoch: int
+    branch: str = ""
+    beside: Params = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    heard: Callable[[Mapping[str, float]], None] | None = None
+    base_hash: str = ""
+
+    def own(self, params: Params) -> Params:
+        """The model's own parameters among those of the state."""
+        return params[self.branch] if self.branch else params
 
     def evaluation(self, split: str) -> Any:
         """One pass over a split."""
@@ -75,17 +90,18 @@ def build(
     *,
     data: setup.Data | None = None,
     loaded: pretrained.Loaded | None = None,
+    origin: setup.Origin | None = None,
 ) -> Pieces:
     """Reads model and data and builds the step. Writes nothing.
 
     Args:
-      data, loaded: in place of those that the settings name, for several runs on the same
-        ones; ``loaded`` as :func:`load` gives it.
+      data, loaded, origin: in place of those that the settings name, for several runs on the
+        same ones; ``loaded`` as :func:`load` gives it.
 
     Raises:
       ValueError, OSError: whatever is wrong with the settings, the model or the data.
     """
-    origin = setup.origin(config.model)
+    origin = setup.origin(config.model) if origin is None else origin
     # The tree's names and sizes come first: a wrong setting must not cost the loading time.
     bare = pretrained.load_config(origin.weights)
     data = setup.prepare(config.data, origin, bare) if data is None else data
@@ -97,6 +113,8 @@ def build(
         probe.check(loaded.model, kind)
     overlay = None
     model = loaded.model
+    if config.overlay:
+        overlay = overlays.parse(config.overlay)
     if config.lora.rank:
         overlay = lora.overlay(
             rank=config.lora.rank,
@@ -104,6 +122,10 @@ def build(
             sites=config.lora.sites,
             drop=config.lora.drop,
         )
+    hashed = ""
+    if overlay is not None:
+        # Before the parameters are given up to the training.
+        hashed = overlays.base_hash(loaded.params)
         jax.eval_shape(overlay.init, jax.random.key(0), model.abstract())  # bad ranks end here
         model = overlay.bind(model, frozen=loaded.params)
         plan = dataclasses.replace(plan, rules=tuple(model.axes))
@@ -135,6 +157,7 @@ def build(
         batches,
         steps,
         epoch,
+        base_hash=hashed,
     )
 
 
@@ -167,11 +190,16 @@ def load(
 
 
 def make_step(
-    config: FinetuneConfig, model: Any, kind: str, tx: Any, plan: mesh.MeshPlan
+    config: FinetuneConfig,
+    model: Any,
+    kind: str,
+    tx: Any,
+    plan: mesh.MeshPlan,
+    objective: Objective | None = None,
 ) -> step.TrainStep:
-    """The compiled step of the settings."""
+    """The compiled step of the settings; ``objective`` in place of the usual one of the task."""
     return step.make(
-        objectives.for_task(model, kind),
+        objectives.for_task(model, kind) if objective is None else objective,
         tx,
         plan,
         microbatches=config.microbatches,
@@ -189,9 +217,11 @@ def start(pieces: Pieces, *, donate: bool = False) -> TrainState:
     """
     config, params = pieces.config, pieces.loaded.params
     if pieces.overlay is not None:
-        made = jax.jit(pieces.model.init)(jax.random.key(config.seed))
+        made = pieces.own(jax.jit(pieces.model.init)(jax.random.key(config.seed)))
         params = tree.merge(made, {BASE: params})
-    return step.init(
+    if pieces.branch:
+        params = {pieces.branch: params, **pieces.beside}
+    state = step.init(
         jax.random.key(config.seed),
         pieces.model,
         pieces.tx,
@@ -201,6 +231,7 @@ def start(pieces: Pieces, *, donate: bool = False) -> TrainState:
         ema=config.ema or None,
         donate=donate,
     )
+    return state.replace(extra={**state.extra, **pieces.extra}) if pieces.extra else state
 
 
 def _check_batch(config: FinetuneConfig, plan: mesh.MeshPlan) -> None:

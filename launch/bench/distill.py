@@ -154,7 +154,7 @@ class TorchSide:
             log_p = torch.log_softmax(self._teacher[0] @ self._teacher[1].T, -1)
         pair = (log_q, log_p) if self._kind == "forward_kl" else (log_p, log_q)
         loss = torch.nn.functional.kl_div(*pair, reduction="sum", log_target=True) / len(h_s)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
     def turn(self, name: str, steps: int) -> float:

@@ -260,6 +260,23 @@ def grids(arms: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, float | Non
     return out
 
 
+def numbers(heads: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A table that scrolls sideways where it is wider than the page."""
+    head = "".join(
+        f'<th style="white-space:nowrap">{escape(name)}</th>' for name in ("", *heads[1:])
+    )
+    lines = "".join(
+        f"<tr><th>{escape(row[0])}</th>"
+        + "".join(f"<td>{escape(value)}</td>" for value in row[1:])
+        + "</tr>"
+        for row in body
+    )
+    return (
+        '<div class="block" style="overflow-x:auto"><table class="numbers">'
+        f"<thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>"
+    )
+
+
 def _record(found: Mapping[str, Any]) -> str:
     arms = [arm for cell in sequence(found.get("cells")) for arm in sequence(cell["arms"])]
     radius = (

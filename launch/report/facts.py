@@ -106,6 +106,7 @@ def glance(run: RunFolder) -> list[tuple[str, str]]:
         trainable = number(model.get("trainable"))
         if math.isfinite(trainable) and trainable != parameters:
             found.append(("trainable", big(trainable)))
+    found += distilled(run)
     if run.last_step is not None:
         found.append(("steps", f"{run.last_step:,}"))
     losses = [number(row.get("loss")) for row in run.train]
@@ -119,6 +120,23 @@ def glance(run: RunFolder) -> list[tuple[str, str]]:
     span = wall_time(run)
     if span is not None:
         found.append(("training time", duration(span)))
+    return found
+
+
+def distilled(run: RunFolder) -> list[tuple[str, str]]:
+    """(what, value) of a student beside its teacher; empty for other runs."""
+    given = mapping(run.results.get("distillation"))
+    found: list[tuple[str, str]] = []
+    share = number(mapping(given.get("sizes")).get("share"))
+    if math.isfinite(share):
+        found.append(("of the teacher's parameters", f"{share:.1%}"))
+    same = number(mapping(given.get("agreement")).get("top1"))
+    if math.isfinite(same):
+        found.append(("agreement with the teacher", f"{same:.1%}"))
+    speed = mapping(given.get("speed"))
+    ratio, low, high = (number(speed.get(name)) for name in ("ratio", "low", "high"))
+    if math.isfinite(ratio):
+        found.append(("times as fast as the teacher", f"{ratio:.2f} ({low:.2f} to {high:.2f})"))
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import resources
 from string import Template
 from typing import Any
@@ -66,10 +66,11 @@ def _pictures(found: Mapping[str, Any]) -> str:
             "Points of a percent with the 95% interval of the mean over seeds",
         ),
         comparison.figure(
-            "Tasks", tasks(found), "Mean over seeds; a line is a method, grey those of no merging"
+            "Tasks", tasks(found), "Mean over seeds; a line is a method, dashed those of no merging"
         ),
     ]
-    return f'<section><div class="pair">{"".join(p for p in parts if p)}</div></section>'
+    drawings = "".join(part for part in parts if part)
+    return f'<section style="margin-top:36px"><div class="pair">{drawings}</div></section>'
 
 
 def tasks(found: Mapping[str, Any]) -> str | None:
@@ -106,18 +107,5 @@ def _table(found: Mapping[str, Any]) -> str:
     notes = [f"{arm['name']}: {note}" for arm in found["arms"] for note in arm.get("notes", [])]
     under = "".join(f"<li>{escape(note)}</li>" for note in notes)
     said = f'<div class="notes"><ul>{under}</ul></div>' if notes else ""
-    return f"<section><h2>Numbers</h2>{_numbers(study_table.heads(found), body)}{said}</section>"
-
-
-def _numbers(heads: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in ("", *heads[1:]))
-    lines = "".join(
-        f"<tr><th>{escape(row[0])}</th>"
-        + "".join(f"<td>{escape(value)}</td>" for value in row[1:])
-        + "</tr>"
-        for row in body
-    )
-    return (
-        '<div class="block" style="overflow-x:auto"><table class="numbers">'
-        f"<thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>"
-    )
+    numbers = comparison.numbers(study_table.heads(found), body)
+    return f"<section><h2>Numbers</h2>{numbers}{said}</section>"

@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from string import Template
 
-from steppe.launch.report import record, sections, texts
+from steppe.launch.report import distilling, record, sections, texts
 from steppe.launch.report.folder import RunFolder, read
 from steppe.launch.report.svg import escape
 
@@ -55,6 +55,8 @@ def render(run: RunFolder) -> str:
     parts = [
         sections.header(run),
         sections.result(run),
+        distilling.beside(run),
+        distilling.difficulty(run),
         texts.before_and_after(run),
         texts.written(run),
         sections.learning(run),

@@ -35,7 +35,7 @@ _COUNTS = ("examples", "tokens", "generated")
 
 
 def written(run: RunFolder) -> str:
-    """Texts of the sample, side by side: given, expected, before, after; empty without any."""
+    """Texts of the sample, side by side: given, expected, before, after, the teacher's."""
     rows = [mapping(row) for row in sequence(run.results.get("samples"))][:SHOWN]
     rows = [row for row in rows if row]
     if not rows:
@@ -44,6 +44,7 @@ def written(run: RunFolder) -> str:
     columns = [("source", "given"), ("reference", "expected")]
     columns += [("before", "before")] if has_before else []
     columns += [("after", "after" if has_before else "written")]
+    columns += [("teacher", "teacher")] if any(_text(row.get("teacher")) for row in rows) else []
     head = "".join(f"<th>{name}</th>" for _, name in columns)
     body = ""
     for row in rows:

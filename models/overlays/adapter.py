@@ -100,7 +100,7 @@ def overlay(
 
     read = {"houlsby": output, "pfeiffer": normed_sum, "parallel": inputs}[kind]
     norms = kind == "houlsby" if train_norms is None else train_norms
-    settings = {"kind": kind, "width": width, "reduction": reduction, "act": act}
+    settings: dict[str, Any] = {"kind": kind, "width": width, "reduction": reduction, "act": act}
     settings |= {"scale": factor, "std": spread, "train_norms": norms}
     return Overlay(
         f"adapter-{kind}",

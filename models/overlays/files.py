@@ -18,6 +18,7 @@ import numpy as np
 
 from steppe.models import tree, weights
 from steppe.models.overlays.overlay import BASE, OVERLAY, Overlay
+from steppe.models.pretrained import TOKENIZER_FILES
 from steppe.models.tree import Params
 
 DELTA, ABOUT = "delta.safetensors", "overlay.json"
@@ -31,12 +32,14 @@ class Saved(NamedTuple):
         it, such as the head; to be merged into the bound model's parameters.
       name, settings: of the overlay.
       base: name and hash of the base's parameters.
+      notes: what was saved beside.
     """
 
     params: Params
     name: str
     settings: dict[str, Any]
     base: dict[str, str]
+    notes: dict[str, Any]
 
 
 def save(
@@ -46,6 +49,7 @@ def save(
     *,
     base: str,
     fingerprint: str,
+    notes: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes a folder, atomically.
 
@@ -55,6 +59,7 @@ def save(
       base: name of the base, for people.
       fingerprint: hash of its parameters before training, as ``train.checkpoint.fingerprint``
         gives it.
+      notes: JSON values to keep with it.
 
     Raises:
       FileExistsError: the folder holds other files.
@@ -70,10 +75,12 @@ def save(
         "name": overlay.name,
         "settings": _plain(overlay.settings),
         "base": {"name": base, "hash": fingerprint},
+        "notes": dict(notes or {}),
         "parameters": sum(x.size for p, x in flat.items() if p.startswith(f"{OVERLAY}/")),
     }
     target = Path(folder)
-    with weights.atomic_directory(target, (DELTA, ABOUT)) as scratch:
+    kept = (DELTA, ABOUT, "config.json", *TOKENIZER_FILES)
+    with weights.atomic_directory(target, kept) as scratch:
         save_file(flat, scratch / DELTA)
         (scratch / ABOUT).write_text(json.dumps(about, indent=2) + "\n", "utf-8")
     return target
@@ -96,6 +103,7 @@ def load(folder: str | os.PathLike[str], *, fingerprint: str | None = None) -> S
         about = json.loads((source / ABOUT).read_text("utf-8"))
         base = {str(k): str(v) for k, v in about["base"].items()}
         name, settings = str(about["name"]), dict(about["settings"] or {})
+        notes = dict(about.get("notes") or {})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{source / ABOUT} is damaged ({error})") from error
     if fingerprint is not None and base.get("hash") != fingerprint:
@@ -105,7 +113,7 @@ def load(folder: str | os.PathLike[str], *, fingerprint: str | None = None) -> S
         )
     store = weights.Safetensors([source / DELTA])
     flat = {path: np.array(store.read(path)) for path in store.shapes()}
-    return Saved(tree.unflatten(flat), name, settings, base)
+    return Saved(tree.unflatten(flat), name, settings, base, notes)
 
 
 def _plain(settings: Any) -> Any:

@@ -61,9 +61,7 @@ def test_settings_say_what_an_overlay_was_made_with(tiny, tmp_path):
 def test_another_base_and_damage(tiny, tmp_path):
     _, params = tiny
     folder, live = saved(tmp_path, params, lora.overlay(rank=2))
-    with pytest.raises(
-        ValueError, match=r"overlay of tiny \(hash \w{16}\), not of this base"
-    ):
+    with pytest.raises(ValueError, match=r"overlay of tiny \(hash \w{16}\), not of this base"):
         files.load(folder, fingerprint="0" * 16)
     with pytest.raises(ValueError, match="'overlay' and 'base' alone, got \\['head'\\]"):
         files.save(folder, lora.overlay(), {"head": {}}, base="", fingerprint="")

@@ -204,11 +204,13 @@ def kd(
         )
 
     def by_tokens(params: Params, batch: Batch, key: Any, rows: int) -> LossOut:
-        found = pair.hidden(params, batch, key)
-        *sides, labels, mask = found
+        h_s, readout_s, h_t, readout_t, labels, mask = pair.hidden(params, batch, key)
         sums = rowwise_loss(
             kind,
-            *sides,
+            h_s,
+            readout_s,
+            h_t,
+            readout_t,
             mask,
             labels,
             temperature=temperature,

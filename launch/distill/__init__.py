@@ -1,0 +1,1 @@
+"""``steppe distill``: a student learns from a teacher."""

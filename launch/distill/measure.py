@@ -1,0 +1,175 @@
+"""What a distilled student is beside its teacher: agreement, difficulty of tokens, size, speed."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from steppe.models.model import Model
+from steppe.models.tree import Params
+from steppe.train import evaluate
+from steppe.train.distill.atkd import decompose_pair
+from steppe.train.distill.pairs import Pair
+
+GROUPS = 10
+ROUNDS = 7
+# Tokens of a forward pass that is timed, about.
+TIMED = 512
+# Vocabularies above it are taken in pieces when nothing else is said.
+WHOLE = 16384
+
+
+def agreement(student: Any, teacher: Any) -> dict[str, Any]:
+    """How often both say the same: ``top1``, of how many ``items``, and for classes the 95%
+    interval over examples and ``kl``, the mean of KL(teacher || student) in nats.
+
+    Args:
+      student, teacher: two ``EvalResult`` of one split.
+    """
+    if student.kind != "classification":
+        pairs = list(zip(student.predictions, teacher.predictions, strict=True))
+        same = np.concatenate([np.asarray(a) == np.asarray(b) for a, b in pairs])
+        return {"top1": float(same.mean()), "items": len(same), "unit": "tokens"}
+    q, p = (np.maximum(r.probs.astype(np.float64), 1e-30) for r in (student, teacher))
+    found = evaluate.bootstrap(evaluate.accuracy, student.predictions, teacher.predictions)
+    same = student.predictions == teacher.predictions
+    return {
+        "top1": float(same.mean()),
+        "items": len(same),
+        "unit": "examples",
+        "interval": [found.low, found.high],
+        "kl": float((p * (np.log(p) - np.log(q))).sum(1).mean()),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """The parts of KL(teacher || student) at every labelled token, [M] each.
+
+    Attributes:
+      tkd, dkd: nats, see ``steppe.train.distill.atkd``.
+      unc: the teacher's 1 - p_y.
+    """
+
+    tkd: np.ndarray
+    dkd: np.ndarray
+    unc: np.ndarray
+
+    @property
+    def kl(self) -> np.ndarray:
+        """KL(teacher || student), nats."""
+        return self.tkd + self.unc * self.dkd
+
+
+def tokens(
+    pair: Pair, params: Params, batches: Iterable[Any], *, vocab_chunk: int | None = None
+) -> Tokens:
+    """The parts of the KL over one pass.
+
+    Args:
+      pair: student and teacher, decoders.
+      params: of both, ``{"student": ..., "teacher": ...}``.
+      vocab_chunk: None = pieces of 8,192 where the vocabulary is large.
+    """
+    size = pair.vocab or pair.student.config.vocab_size
+    chunk = 8192 if vocab_chunk is None and size > WHOLE else vocab_chunk
+
+    @jax.jit
+    def fn(params: Params, batch: Any) -> Any:
+        return decompose_pair(pair, params, batch, None, chunk)
+
+    parts: list[list[np.ndarray]] = []
+    for batch in batches:
+        inputs = {k: v for k, v in batch.items() if k != "example_index"}
+        found, mask = jax.device_get(fn(params, inputs))
+        there = mask > 0
+        parts.append([np.asarray(x, np.float64)[there] for x in found])
+    return Tokens(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def difficulty(found: Tokens, hard_ratio: float = 0.5, groups: int = GROUPS) -> dict[str, Any]:
+    """Means over tokens of rising difficulty, which is the teacher's uncertainty.
+
+    Returns:
+      ``groups``: equally many tokens each; ``easy`` and ``hard``: below the quantile
+      1 - hard_ratio, and from it on; ``all``. Each holds tokens, unc, tkd, dkd and kl.
+    """
+    order = np.argsort(found.unc, kind="stable")
+    cuts = [part for part in np.array_split(order, groups) if len(part)]
+    limit = np.sort(found.unc)[int(np.floor((1 - hard_ratio) * (len(order) - 1) + 1e-4))]
+    hard = found.unc >= limit
+
+    def means(chosen: np.ndarray) -> dict[str, float]:
+        columns = {"unc": found.unc, "tkd": found.tkd, "dkd": found.dkd, "kl": found.kl}
+        count = int(chosen.sum()) if chosen.dtype == bool else len(chosen)
+        if not count:
+            return {"tokens": 0}
+        return {"tokens": count} | {k: float(v[chosen].mean()) for k, v in columns.items()}
+
+    return {
+        "groups": [means(part) for part in cuts],
+        "easy": means(~hard),
+        "hard": means(hard),
+        "all": means(np.ones(len(order), bool)),
+        "hard_ratio": hard_ratio,
+    }
+
+
+def speed(
+    student: tuple[Model, Params],
+    teacher: tuple[Model, Params],
+    batch: Any,
+    rounds: int = ROUNDS,
+) -> dict[str, Any]:
+    """How much faster the student's forward pass is: both on the same rows, in turn.
+
+    Returns:
+      ``ratio``: the teacher's time over the student's, the median of the rounds, with ``low``
+      and ``high`` of them; ``teacher_s`` and ``student_s``, medians; ``shape``, ``rounds``.
+    """
+    rows, length = batch["input_ids"].shape
+    keep = max(1, min(rows, TIMED // length))
+    inputs = {
+        k: np.asarray(v)[:keep]
+        for k, v in batch.items()
+        if k not in ("labels", "label_mask", "example_index")
+    }
+
+    def compiled(model: Model) -> Any:
+        # One number comes back: what is moved is no part of a forward pass.
+        def fn(params: Params, inputs: Any) -> Any:
+            out = model.apply(params, inputs)
+            return jnp.max(out.hidden if out.logits is None else out.logits)
+
+        return jax.jit(fn)
+
+    sides = {
+        "student": (compiled(student[0]), student[1]),
+        "teacher": (compiled(teacher[0]), teacher[1]),
+    }
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(rounds + 1):
+        # The first round compiles; who begins changes, so that neither always finds warm caches.
+        for name in sorted(sides, reverse=bool(number % 2)):
+            fn, params = sides[name]
+            begin = time.perf_counter()
+            jax.block_until_ready(fn(params, inputs))
+            if number:
+                times[name].append(time.perf_counter() - begin)
+    ratios = [t / s for t, s in zip(times["teacher"], times["student"], strict=True)]
+    return {
+        "ratio": statistics.median(ratios),
+        "low": min(ratios),
+        "high": max(ratios),
+        "teacher_s": statistics.median(times["teacher"]),
+        "student_s": statistics.median(times["student"]),
+        "shape": [keep, length],
+        "rounds": rounds,
+    }

@@ -1,0 +1,211 @@
+"""Overlays by name: ``--overlay prefix:length=10 lora:rank=8`` and ``steppe overlays list``."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from steppe.launch import setup
+from steppe.models import pretrained, tree
+from steppe.models.heads import HeadConfig
+from steppe.models.overlays import (
+    Overlay,
+    adapter,
+    bitfit,
+    compacter,
+    compose,
+    files,
+    ia3,
+    lora,
+    prefix,
+    prompt,
+    residual_prompt,
+    unipelt,
+)
+from steppe.models.overlays.overlay import BASE, OVERLAY
+from steppe.models.tree import Params
+from steppe.train.checkpoint import fingerprint
+
+KNOWN: dict[str, Callable[..., Overlay]] = {
+    "lora": lora.overlay,
+    "prefix": prefix.overlay,
+    "prompt": prompt.overlay,
+    "residual-prompt": residual_prompt.overlay,
+    "houlsby": functools.partial(adapter.overlay, kind="houlsby"),
+    "pfeiffer": functools.partial(adapter.overlay, kind="pfeiffer"),
+    "parallel": functools.partial(adapter.overlay, kind="parallel"),
+    "ia3": ia3.overlay,
+    "bitfit": bitfit.overlay,
+    "compacter": compacter.overlay,
+    "unipelt": unipelt.overlay,
+}
+
+
+def parse(texts: Sequence[str]) -> Overlay:
+    """``("prefix:length=10", "lora:rank=8,alpha=16")`` as one overlay, composed in this order.
+
+    Settings of several values are separated by slashes: ``lora:sites=attn.q/attn.v``.
+
+    Raises:
+      ValueError: an unknown overlay or setting, or a value that it cannot have.
+    """
+    made = []
+    for text in texts:
+        name, _, rest = text.partition(":")
+        if name not in KNOWN:
+            raise ValueError(f"overlay must be one of {', '.join(KNOWN)}, got {name!r}")
+        known = settings_of(name)
+        values: dict[str, Any] = {}
+        for part in filter(None, rest.split(",")):
+            key, equals, value = part.partition("=")
+            key = key.strip().replace("-", "_")
+            if not equals or key not in known or key in values:
+                raise ValueError(
+                    f"overlay has {part!r} in {text!r}; it must be SETTING=VALUE with one of "
+                    f"{', '.join(known)}, each once"
+                )
+            values[key] = _value(key, value, known[key], text)
+        made.append(KNOWN[name](**values))
+    return made[0] if len(made) == 1 else compose(*made)
+
+
+def settings_of(name: str) -> dict[str, Any]:
+    """Settings of an overlay with their defaults."""
+    fixed = getattr(KNOWN[name], "keywords", {})
+    found = inspect.signature(KNOWN[name]).parameters
+    return {n: p.default for n, p in found.items() if n not in fixed}
+
+
+def _value(key: str, text: str, default: Any, where: str) -> Any:
+    try:
+        flag = default is None and text.lower() in ("true", "false")
+        if isinstance(default, bool) or flag:
+            return {"true": True, "false": False}[text.lower()]
+        if isinstance(default, tuple):
+            items = text.split("/")
+            return tuple(int(i) for i in items) if key == "ids" else tuple(items)
+        if isinstance(default, int):
+            return int(text)
+        return text if isinstance(default, str) else float(text)
+    except (KeyError, ValueError):
+        kind = type(default).__name__ if default is not None else "number"
+        raise ValueError(f"overlay has {key}={text!r} in {where!r}; it must be a {kind}") from None
+
+
+def rebuilt(name: str, settings: Mapping[str, Any]) -> Overlay:
+    """The overlay that a saved delta was made with.
+
+    Raises:
+      ValueError: an overlay that this version does not know.
+    """
+    if "+" in name and name not in _MADE:
+        return compose(*(rebuilt(_stem(part), own or {}) for part, own in settings.items()))
+    if name not in _MADE:
+        raise ValueError(f"no overlay is called {name!r}; known: {', '.join(_MADE)}")
+    plain = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+    return _MADE[name](**plain)
+
+
+# By the names that overlays give themselves, which stand in the files.
+_MADE: dict[str, Callable[..., Overlay]] = {
+    **{n: fn for n, fn in KNOWN.items() if n not in ("houlsby", "pfeiffer", "parallel")},
+    **{f"adapter-{kind}": adapter.overlay for kind in adapter.KINDS},
+    "compacter++": compacter.overlay,
+}
+
+
+def _stem(name: str) -> str:
+    """The name of a part, without the number of a second one."""
+    head, _, tail = name.rpartition("-")
+    return head if tail.isdecimal() and head in _MADE else name
+
+
+def save(
+    target: Path,
+    overlay: Overlay,
+    live: Params,
+    *,
+    base: str,
+    hashed: str,
+    model: Any,
+    labels: Sequence[str] | None,
+    tokenizer_dir: Path | None,
+) -> None:
+    """Writes a folder that :func:`load` opens: the delta, and the configuration of base and head.
+
+    Args:
+      live: what has trained, delta and leaves of the base.
+      base: address of the base.
+      hashed: ``base_hash`` of its parameters before training.
+      model: the base model with its head.
+    """
+    head = model.config.head
+    notes = {
+        "head": None if head is None else dataclasses.asdict(head),
+        "labels": None if labels is None else list(labels),
+    }
+    files.save(target, overlay, live, base=base, fingerprint=hashed, notes=notes)
+    raw, _ = pretrained.describe(model.config, labels)
+    (target / "config.json").write_text(json.dumps(raw, indent=2) + "\n", "utf-8")
+    if tokenizer_dir is not None:
+        pretrained.copy_tokenizer(tokenizer_dir, target)
+
+
+def base_hash(params: Params) -> str:
+    """Hash of the parameters that come from the base: a new head is not of it."""
+    return fingerprint({n: v for n, v in params.items() if n not in ("head", "pooler")})
+
+
+def is_overlay(folder: Path) -> bool:
+    """Whether a folder holds a delta and no weights."""
+    return (folder / files.ABOUT).is_file()
+
+
+def load(folder: Path, dtype: Any = "float32") -> pretrained.Loaded:
+    """The base with the delta attached.
+
+    Raises:
+      FileNotFoundError: the base is not there any more.
+      ValueError: a base whose parameters are others than those that the delta was trained on.
+    """
+    saved = files.load(folder)
+    origin = setup.origin(saved.base["name"])
+    noted = saved.notes.get("head")
+    head = None if noted is None else HeadConfig(**noted)
+    loaded = pretrained.load(origin.weights, head=head)
+    found = base_hash(loaded.params)
+    if found != saved.base["hash"]:
+        raise ValueError(
+            f"{folder} belongs to other parameters than those of {saved.base['name']} (hash "
+            f"{saved.base['hash']}, not {found}): put the base back that it was trained on"
+        )
+    overlay = rebuilt(saved.name, saved.settings)
+    base = tree.replace(loaded.params, tree.flatten(saved.params.get(BASE, {})))
+    params = {BASE: base, OVERLAY: saved.params.get(OVERLAY, {})}
+    params = tree.cast(params, jnp.dtype(dtype))
+    labels = saved.notes.get("labels")
+    return pretrained.Loaded(
+        overlay.bind(loaded.model), params, folder, labels=None if labels is None else tuple(labels)
+    )
+
+
+def show() -> str:
+    """A line an overlay: what it is, and its settings."""
+    lines = []
+    for name, make in KNOWN.items():
+        module = inspect.getmodule(getattr(make, "func", make))
+        about = (inspect.getdoc(module) or "").split("\n")[0]
+        settings = ", ".join(f"{k}={_shown(v)}" for k, v in settings_of(name).items())
+        lines.append(f"{name:16} {about}\n{'':16} {settings or 'no settings'}")
+    return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    return "/".join(map(str, value)) if isinstance(value, tuple) else str(value)

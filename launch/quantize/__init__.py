@@ -1,0 +1,1 @@
+"""``steppe quantize``: a float model as integers, by several methods side by side."""

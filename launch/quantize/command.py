@@ -1,0 +1,226 @@
+"""``steppe quantize``: rounds, scores, measures, writes the integers and the report.
+
+OUT/BITS-METHOD      a folder that ``steppe evaluate`` and ``models.packed`` open
+OUT/rows.jsonl       a line for every finished row of the table
+OUT/quantize.json, report.html
+"""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from steppe.launch import config as config_
+from steppe.launch import machine, outputs
+from steppe.launch.compare import folders
+from steppe.launch.compare.journal import Lines
+from steppe.launch.progress import Line
+from steppe.launch.quantize import methods, table
+from steppe.launch.quantize.opened import Opened, open_model
+from steppe.launch.quantize.settings import QuantizeConfig, folder_of
+from steppe.models import integer, packed, quantized
+from steppe.train import loop
+from steppe.train.quantize import baselines
+
+FILE, RESULT, PAGE = "rows.jsonl", "quantize.json", "report.html"
+GROWS = ("out", "bits", "method", "seeds", "resume", "speed")
+Key = tuple[str, str, int]
+
+
+def run(config: QuantizeConfig, command: Sequence[str] = ()) -> dict[str, Any]:
+    """The whole command; returns what is in quantize.json.
+
+    Raises:
+      FileExistsError: ``out`` holds something else.
+      FileNotFoundError, ValueError: a model, data or scheme that does not fit.
+      Interrupted: stopped by Ctrl-C or SIGTERM; finished rows are kept.
+    """
+    from rich.console import Console
+
+    if not config.out:
+        raise ValueError("out must name the new folder: --out FOLDER")
+    out = Path(config.out)
+    folders.check(config, out, GROWS)
+    opened = open_model(config)
+    for bits in config.bits:  # before anything is computed
+        for method in config.method:
+            quantized.resolve(opened.model, methods.rules_of(bits, method, config))
+    lines = Lines(out / FILE)
+    done = finished(lines)
+    known: dict[str, Any] = {"command": shlex.join(command), "config": config_.to_dict(config)}
+    known |= {"versions": machine.versions(), "hardware": machine.hardware()}
+    outputs.write_json(out / folders.CONFIG, config_.to_dict(config))
+    try:
+        with folders.terminable(), Line(every=20.0) as shown:
+            known["float"] = _float(opened, shown.tell)
+            for key in config.rows():
+                if key not in done:
+                    done[key] = row(opened, config, *key, out, shown.tell)
+                    lines.append(done[key])
+                    _write(config, out, known, done)
+    except KeyboardInterrupt:
+        raise loop.Interrupted(
+            f"interrupted; {len(done)} finished rows are in {lines.file}. "
+            "Give the same command with --resume to go on"
+        ) from None
+    found = _write(config, out, known, done)
+    Console().print(table.terminal(found))
+    print(out / PAGE)
+    return found
+
+
+def finished(lines: Lines) -> dict[Key, dict[str, Any]]:
+    """(bits, method, seed) -> row.
+
+    Raises:
+      ValueError: a line without them.
+    """
+    found = {}
+    for number, line in enumerate(lines.read, 1):
+        try:
+            found[str(line["bits"]), str(line["method"]), int(line["seed"])] = line
+        except (KeyError, TypeError, ValueError) as error:
+            raise lines.damaged(number, error) from error
+    return found
+
+
+def _float(opened: Opened, tell: methods.Told) -> dict[str, Any]:
+    """Scores of the model as it is."""
+    if opened.task is None:
+        return {}
+    tell("scores of the float model", 0, 1)
+    return {"metrics": opened.task.score(opened.model, opened.params, "test")}
+
+
+def row(
+    opened: Opened,
+    config: QuantizeConfig,
+    bits: str,
+    method: str,
+    seed: int,
+    out: Path,
+    tell: methods.Told,
+) -> dict[str, Any]:
+    """Quantizes once, writes the folder, and tells what it costs."""
+    folder = out / folder_of(bits, method, seed, len(config.seeds) > 1)
+    begin = time.perf_counter()
+    made = methods.quantize(opened, config, bits, method, seed, out / f"{folder.name}-game", tell)
+    found: dict[str, Any] = {"bits": bits, "method": method, "seed": seed, "folder": folder.name}
+    found["seconds"] = time.perf_counter() - begin
+    packed.save(
+        folder,
+        opened.model,
+        made.params,
+        made.rules,
+        labels=opened.labels,
+        tokenizer_dir=opened.tokenizer_dir,
+        notes={"bits": bits, "seed": seed, **methods.describe(config, method)},
+    )
+    found["size"] = _sizes(folder)
+    errors = baselines.errors(opened.params, made.params)
+    found["errors"] = {name: error._asdict() for name, error in errors.items()}
+    student = quantized.wrap(opened.model, made.rules, weights=False)
+    params = quantized.dequantize(made.params)
+    if opened.task is not None:
+        tell(f"scores of {folder.name}", 0, 1)
+        found["metrics"] = opened.task.score(student, params, "test")
+        found["agreement"] = agreement(opened, student, params)
+    if config.speed:
+        tell(f"speed of {folder.name}", 0, 1)
+        found["speed"] = _speed(opened, config, student, params, made)
+    if made.samples is not None and opened.task is not None and opened.task.tokenizer is not None:
+        found["samples"] = [opened.task.tokenizer.decode(list(ids)) for ids in made.samples]
+    return found
+
+
+def _sizes(folder: Path) -> dict[str, Any]:
+    """Bytes of packed kernels beside float32, and of the folder's weights."""
+    kernels = packed.sizes(folder)
+    files = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return {**kernels._asdict(), "files": files}
+
+
+def agreement(opened: Opened, student: Any, params: Any) -> float | None:
+    """Share of test examples (of classifiers) on which both give the same class."""
+    task = opened.task
+    if task is None or task.kind != "classification":
+        return None
+    from steppe.data import batches
+    from steppe.launch import setup
+
+    def classes(model: Any, own: Any, batch: Any) -> Any:
+        return model.apply(own, batch).logits.argmax(-1)
+
+    @jax.jit
+    def same(ours: Any, theirs: Any, batch: Any) -> Any:
+        return classes(student, ours, batch) == classes(opened.model, theirs, batch)
+
+    equal, count = 0, 0
+    for batch in batches.evaluate(task.splits["test"], task.rows, buckets=setup.buckets(task.data)):
+        inputs = {k: v for k, v in batch.items() if k not in ("labels", "label_mask")}
+        real = np.asarray(batch["example_index"]) >= 0
+        equal += int(np.asarray(same(params, opened.params, inputs))[real].sum())
+        count += int(real.sum())
+    return equal / count if count else None
+
+
+def _speed(
+    opened: Opened, config: QuantizeConfig, student: Any, params: Any, made: methods.Made
+) -> dict[str, Any]:
+    """Forward passes of float, rounded and (where there is one) integer model, in turns."""
+    from steppe.launch.bench import harness
+    from steppe.launch.quantize.opened import noise
+
+    rows = config.batch_size
+    inputs = (
+        noise(opened, config, rows).apply({}, opened.params, jax.random.key(0))
+        if (not opened.vision)
+        else _pictures(opened, config)
+    )
+    batch, embeds = inputs
+    runs: dict[str, Any] = {"float": (opened.model, opened.params), "rounded": (student, params)}
+    if any(c.w_bits <= 8 and c.a_bits <= 8 for c in student.chosen.values()):
+        runs["integer"] = (integer.wrap(opened.model, made.rules), made.params)
+    programs = {}
+    for name, (model, own) in runs.items():
+        fn = jax.jit(lambda p, b, e, model=model: model.apply(p, b, embeds=e).logits)
+        programs[name] = lambda fn=fn, own=own: fn(own, dict(batch), embeds)
+    times: dict[str, list[float]] = {name: [] for name in programs}
+    for program in programs.values():
+        jax.block_until_ready(program())
+    for _ in range(config.speed):
+        for name, program in programs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(program())
+            times[name].append(time.perf_counter() - start)
+    return {
+        "rows": rows,
+        "seconds": {name: harness.spread(values)._asdict() for name, values in times.items()},
+        "ratio": {
+            name: harness.ratio(values, times["float"])._asdict() for name, values in times.items()
+        },
+    }
+
+
+def _pictures(opened: Opened, config: QuantizeConfig) -> Any:
+    from steppe.launch.quantize.opened import noise
+
+    made = noise(opened, config, config.batch_size)
+    return made.apply(made.init(jax.random.key(0)), opened.params, jax.random.key(0))
+
+
+def _write(
+    config: QuantizeConfig, out: Path, known: Mapping[str, Any], done: Mapping[Key, Any]
+) -> dict[str, Any]:
+    from steppe.launch.report import quantizing
+
+    found = table.summary(config, known, done)
+    outputs.write_json(out / RESULT, found)
+    outputs.write_text(out / PAGE, quantizing.render(found, out))
+    return found

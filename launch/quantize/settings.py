@@ -1,0 +1,118 @@
+"""Settings of ``steppe quantize``."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from steppe.launch.config import DataConfig
+from steppe.models import quantized
+
+Method = Literal["rtn", "mse", "gptq", "smooth", "awq", "zsaq", "sgd-sga", "random"]
+METHODS: tuple[str, ...] = Method.__args__  # type: ignore[attr-defined]
+# What they need beside the parameters.
+GRAMS, MAGNITUDES = ("gptq", "awq"), ("smooth",)
+GAMES = ("zsaq", "sgd-sga", "random")
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """``steppe quantize MODEL``: a model as integers, with a table of what that costs.
+
+    Every pair of ``bits`` and ``method`` is one row and one folder, OUT/BITS-METHOD, which
+    ``steppe evaluate`` opens. Methods that learn make one row a seed.
+
+    Attributes:
+      model: run folder, exported folder, file of weights, or ``asset:NAME``.
+      out: the new folder.
+      bits: schemes such as w8a8, w4a16 (inputs as they are) or w4a8-g64 (64 inputs of a kernel
+        share a step).
+      method: rtn, to nearest; mse, to nearest with the step of least squared error; gptq, second
+        order; smooth, SmoothQuant; awq; zsaq, zero-shot sharpness-aware; sgd-sga, the same
+        without sharpness; random, the same on random tokens.
+      data: what the model is scored on, and calibrated with; of a run its own. Without any there
+        are no scores.
+      calibration: inputs of gptq, smooth, awq and static ranges: ``data``, of the training split,
+        or ``noise``, tokens drawn at random (images: normal noise), which needs no data.
+      examples: of those.
+      activations: range of a layer's input: of each token, of each batch (tensor), or static.
+      embed, head: also round embeddings, and what stands behind the layers.
+      rho: zsaq: radius of the perturbation.
+      k_min: games: steps of the student for one of the generator.
+      steps: games: iterations.
+      student_lr, generator_lr: games: of Adam.
+      divergence: games: kl, l1 or mse, of the logits.
+      inter_layer, act_bonus: games: weight of the distance of hidden states, of the bonus for
+        large activations.
+      adapter: games: what maps the generator to embeddings: soft_embed, gumbel or linear.
+      length: games, noise: tokens of a made text.
+      batch_size: games, calibration: rows at once.
+      seeds: games: of generator and noise.
+      eval_limit: test examples; 0 = as the run.
+      speed: forward passes of float, rounded and integer model that are timed in turns; 0 = none.
+      resume: go on with what ``out`` holds; bits, methods and seeds may be added.
+    """
+
+    model: str = ""
+    out: str = ""
+    bits: tuple[str, ...] = ("w8a8",)
+    method: tuple[Method, ...] = ("rtn",)
+    data: DataConfig = field(default_factory=lambda: DataConfig(source=""))
+    calibration: Literal["data", "noise"] = "data"
+    examples: int = 128
+    activations: Literal["token", "tensor", "static"] = "token"
+    embed: bool = False
+    head: bool = False
+    rho: float = 0.05
+    k_min: int = 5
+    steps: int = 100
+    student_lr: float = 1e-5
+    generator_lr: float = 1e-3
+    divergence: Literal["kl", "l1", "mse"] = "kl"
+    inter_layer: float = 0.0
+    act_bonus: float = 0.0
+    adapter: Literal["soft_embed", "gumbel", "linear"] = "soft_embed"
+    length: int = 32
+    batch_size: int = 16
+    seeds: tuple[int, ...] = (0,)
+    eval_limit: int = 1000
+    speed: int = 10
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("bits", "method", "seeds"):
+            values = getattr(self, name)
+            if not values:
+                raise ValueError(f"{name} must not be empty")
+            if len(set(values)) != len(values):
+                raise ValueError(f"{name} must not hold a value twice, got {values}")
+        for text in self.bits:
+            quantized.parse(text)
+        for name in self.method:
+            if name not in METHODS:
+                raise ValueError(f"method must be of {', '.join(METHODS)}, got {name!r}")
+        least = {"examples": 1, "k_min": 1, "steps": 1, "length": 3, "batch_size": 1}
+        for name, low in (least | {"eval_limit": 0, "speed": 0}).items():
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} must be >= {low}, got {getattr(self, name)}")
+        for name in ("rho", "student_lr", "generator_lr", "inter_layer", "act_bonus"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be >= 0 and finite, got {value}")
+        if min(self.seeds) < 0:
+            raise ValueError(f"seeds must be >= 0, got {min(self.seeds)}")
+
+    def rows(self) -> tuple[tuple[str, str, int], ...]:
+        """(bits, method, seed) of every row; methods that do not learn have the first seed."""
+        return tuple(
+            (bits, method, seed)
+            for bits in self.bits
+            for method in self.method
+            for seed in (self.seeds if method in GAMES else self.seeds[:1])
+        )
+
+
+def folder_of(bits: str, method: str, seed: int, several: bool) -> str:
+    """The name of a row's folder."""
+    return f"{bits}-{method}" + (f"-seed{seed}" if several and method in GAMES else "")

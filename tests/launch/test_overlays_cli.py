@@ -1,0 +1,132 @@
+"""``steppe finetune --overlay`` and ``steppe overlays list``: what is trained is what is evaluated
+again, on its own base alone."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from steppe.launch import cli, overlays
+from steppe.models import pretrained
+from steppe.models.overlays import adapter, compose, files, lora, prefix
+
+pytestmark = pytest.mark.slow
+QUICK = ["--batch-size=16", "--no-baselines", "--epochs=1", "--optim.learning-rate=1e-2"]
+
+
+def finetune(reviews, out, *options, model=None):
+    words = ["finetune", f"--model={model or reviews.model}", f"--data.source={reviews.a}"]
+    words += ["--data.max-length=12", "--data.buckets=12", *QUICK, f"--out={out}"]
+    return cli.main([*words, *options])
+
+
+@pytest.fixture(scope="module")
+def runs(reviews, tmp_path_factory):
+    """One run with overlays that cannot be merged, one with those that can."""
+    root = tmp_path_factory.mktemp("overlays")
+    base = shutil.copytree(reviews.model, root / "base")
+    first = ["--overlay", "prefix:length=2,hidden=3", "prompt:length=2", "houlsby:width=4"]
+    assert finetune(reviews, root / "kept", *first, model=base) == 0
+    assert finetune(reviews, root / "merged", "--overlay", "ia3", "lora:rank=2", "bitfit") == 0
+    return root, base
+
+
+def scores(run, tmp_path, capsys=None):
+    out = tmp_path / "said.json"
+    assert cli.main(["evaluate", str(run), f"--out={out}"]) == 0
+    return json.loads(out.read_text())["metrics"]
+
+
+def test_what_cannot_be_merged_is_kept_beside_its_base(runs, tmp_path, capsys):
+    root, base = runs
+    model = root / "kept" / "model"
+    assert not (model / "model.safetensors").exists()  # nobody opens it without the overlay
+    about = json.loads((model / "overlay.json").read_text())
+    assert about["name"] == "prefix+prompt+adapter-houlsby"
+    assert about["base"]["name"] == str(Path(base).resolve())
+    found = json.loads((root / "kept" / "results.json").read_text())
+    assert found["model"]["trainable"] < 0.5 * found["model"]["parameters"]
+    again = scores(root / "kept", tmp_path)
+    for name in ("accuracy", "loss"):
+        assert again[name] == pytest.approx(found["metrics"]["test"][name], rel=1e-5)
+    saved = files.load(model)
+    trained = {p.split("/")[0] for p in saved.params["base"]}
+    assert {"head", "layers"} <= trained  # houlsby trains the norms
+    assert set(saved.params["base"]["layers"]) == {"attn_norm", "ffn_norm"}
+
+
+def test_what_can_be_merged_is(runs, tmp_path):
+    root, _ = runs
+    found = json.loads((root / "merged" / "results.json").read_text())
+    assert found["model"]["largest_logit_difference_after_merge"] < 1e-4
+    assert pretrained.load(root / "merged" / "model").model.config.head is not None
+    again = scores(root / "merged", tmp_path)
+    assert again["accuracy"] == pytest.approx(found["metrics"]["test"]["accuracy"])
+
+
+def test_another_base_is_refused(runs, tmp_path, capsys):
+    root, base = runs
+    loaded = pretrained.load(base)
+    moved = {**loaded.params, "embed": {**loaded.params["embed"]}}
+    table = np.asarray(moved["embed"]["word"]["table"]) + 1.0
+    moved["embed"]["word"] = {"table": table}
+    kept = shutil.move(base, tmp_path / "kept")
+    try:
+        pretrained.save(base, loaded.model, moved, tokenizer_dir=kept)
+        assert cli.main(["evaluate", str(root / "kept")]) == 2
+        message = capsys.readouterr().err
+        assert "belongs to other parameters" in message
+        assert message.count("\n") == 1
+    finally:
+        shutil.rmtree(base)
+        shutil.move(kept, base)
+
+
+def test_names_settings_and_back():
+    made = overlays.parse(["prefix:length=3", "lora:rank=4,alpha=2,sites=attn.q/attn.o", "lora"])
+    wanted = compose(
+        prefix.overlay(length=3),
+        lora.overlay(rank=4, alpha=2.0, sites=("attn.q", "attn.o")),
+        lora.overlay(),
+    )
+    assert made.name == wanted.name == "prefix+lora+lora-2"
+    assert made.settings == wanted.settings
+    again = overlays.rebuilt(made.name, json.loads(json.dumps(files.settings_of(made))))
+    assert again.settings == made.settings
+    for name in overlays.KNOWN:
+        one = overlays.parse([name])
+        plain = json.loads(json.dumps(files.settings_of(one) or {}))
+        assert overlays.rebuilt(one.name, plain).settings == one.settings
+    parallel = overlays.parse(["parallel:width=4,train-norms=true"])
+    assert parallel.settings == adapter.overlay(kind="parallel", width=4, train_norms=True).settings
+
+
+def test_the_list(capsys):
+    assert cli.main(["overlays", "list"]) == 0
+    said = capsys.readouterr().out
+    for name in overlays.KNOWN:
+        assert f"\n{name} " in f"\n{said}"
+    assert "rank=8, alpha=16.0, sites=attn.q/attn.v" in said
+    assert cli.main(["overlays"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["prefixx"], "overlay must be one of lora, prefix"),
+        (["prefix:size=3"], "with one of length, attentions, hidden, std"),
+        (["prefix:length=2,length=3"], "each once"),
+        (["prefix:length=x"], "length='x'"),
+        (["lora:rank=99"], "rank must be <= 16"),
+        (["prompt:length=16"], "none of the model's 16 positions"),
+        (["lora", "--lora.rank=2"], "overlay and lora.rank are both given"),
+        (["ia3", "--probe"], "trains the head alone"),
+    ],
+)
+def test_mistakes(options, said, reviews, tmp_path, capsys):
+    assert finetune(reviews, tmp_path / "out", "--overlay", *options) == 2
+    message = capsys.readouterr().err
+    assert said in message.splitlines()[-1]
+    assert not (tmp_path / "out").exists()

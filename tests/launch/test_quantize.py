@@ -1,0 +1,197 @@
+"""``steppe quantize`` on a tiny model: every row is its method on the model, what is written opens
+again with the same answers, a kill loses one row, and mistakes are one line."""
+
+import dataclasses
+import json
+import random
+
+import jax
+import numpy as np
+import pytest
+
+from steppe.launch import cli
+from steppe.launch import config as config_
+from steppe.launch.config import DataConfig, FinetuneConfig
+from steppe.launch.quantize import command, table
+from steppe.launch.quantize.settings import QuantizeConfig
+from steppe.launch.report import quantizing
+from steppe.models import packed, pretrained, quantized
+from steppe.models.heads import HeadConfig
+from steppe.train.quantize import baselines
+
+from .test_merge import WORDS, export, network
+
+pytestmark = pytest.mark.slow
+METHODS = ("rtn", "gptq", "smooth", "zsaq")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A run folder: a classifier with its data."""
+    root = tmp_path_factory.mktemp("quantize")
+    rng = random.Random(0)
+    rows = []
+    for number in range(80):
+        label = rng.choice(["neg", "pos"])
+        said = rng.choice(WORDS[:2] if label == "pos" else WORDS[2:4])
+        rows.append({"id": f"r{number}", "text": f"plot was {said}", "label": label})
+    data = root / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = network(HeadConfig("classification", 2)).build()
+    params = jax.tree.map(
+        lambda x: 8.0 * x if x.ndim > 1 else x, jax.jit(model.init)(jax.random.key(0))
+    )
+    run = root / "run"
+    export(run / "model", model, params, ("neg", "pos"))
+    settings = DataConfig(source=f"file:{data}", max_length=8, buckets=())
+    made = FinetuneConfig(model=str(run / "model"), data=settings)
+    (run / "config.json").write_text(json.dumps(config_.to_dict(made)))
+    return root, run, model, params, data
+
+
+@pytest.fixture(scope="module")
+def done(world):
+    """All methods, stopped after two rows and gone on with."""
+    root, run, *_ = world
+    config = QuantizeConfig(
+        str(run), str(root / "out"), ("w4a8",), METHODS, examples=16, steps=4, k_min=2,
+        batch_size=4, length=6, seeds=(0, 1), speed=1,
+    )  # fmt: skip
+    honest, calls = command.row, []
+
+    def row(*args):
+        calls.append(args[2:5])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return honest(*args)
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(command, "row", row)
+    with pytest.raises(KeyboardInterrupt, match="2 finished rows .* --resume"):
+        command.run(config)
+    found = command.run(dataclasses.replace(config, resume=True), ["steppe", "quantize", "x"])
+    patch.undo()
+    return config, calls, found, root / "out"
+
+
+def test_every_row_ran_once(done):
+    config, calls, found, _ = done
+    assert len(calls) == len(config.rows()) + 1 == 6
+    assert [(row["method"], row["seed"]) for row in found["rows"]] == [
+        ("rtn", 0), ("gptq", 0), ("smooth", 0), ("zsaq", 0), ("zsaq", 1)
+    ]  # fmt: skip
+    assert [line["seeds"] for line in found["table"]] == [1, 1, 1, 2]
+
+
+def test_a_row_is_its_method_and_its_folder_answers_like_it(done, world):
+    _, _, found, out = done
+    _, _, model, params, _ = world
+    rules = quantized.parse("w4a8")
+    grids = quantized.quantize(params, rules)
+    loaded = packed.load(out / "w4a8-rtn")
+    wanted = quantized.dequantize(grids)
+    for a, b in zip(jax.tree.leaves(loaded.params), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    row = found["rows"][0]
+    errors = baselines.errors(params, grids)
+    for name, error in errors.items():
+        assert row["errors"][name]["sqnr"] == pytest.approx(error.sqnr, rel=1e-4)
+    assert row["size"]["float32"] == 4 * sum(
+        leaf.size for path, leaf in _kernels(params).items() if path
+    )
+    assert set(row["speed"]["ratio"]) == {"float", "rounded", "integer"}
+    assert row["speed"]["ratio"]["float"]["median"] == 1.0
+    assert 0 <= row["agreement"] <= 1
+    batch = {"input_ids": np.array([[2, 5, 6, 3]]), "attention_mask": np.ones((1, 4), np.int32)}
+    student = quantized.wrap(model, rules, weights=False)
+    np.testing.assert_allclose(
+        loaded.model.apply(loaded.params, batch).logits,
+        student.apply(wanted, batch).logits,
+        atol=1e-5,
+    )
+
+
+def _kernels(params):
+    from steppe.models import tree
+
+    return {
+        p: x for p, x in tree.flatten(params).items() if p.startswith("layers/") and "kernel" in p
+    }
+
+
+def test_gptq_uses_the_data_and_zsaq_none(done):
+    _, _, found, out = done
+    rows = {(row["method"], row["seed"]): row for row in found["rows"]}
+    rtn, gptq = (rows[name, 0]["errors"] for name in ("rtn", "gptq"))
+    assert any(gptq[k]["mse"] > rtn[k]["mse"] for k in rtn)  # it trades weights for outputs
+    game = (out / "w4a8-zsaq-seed0-game" / "metrics.jsonl").read_text().splitlines()
+    assert all(np.isfinite(json.loads(line)["loss"]) for line in game)
+    assert len(rows["zsaq", 0]["samples"]) == 4
+    record = json.loads((out / "w4a8-zsaq-seed1" / "quantized.json").read_text())
+    assert record["notes"]["rho"] == 0.05
+    assert record["notes"]["seed"] == 1
+    assert "calibration" not in record["notes"]
+
+
+def test_page_table_and_evaluation(done, world, capsys):
+    _, _, found, out = done
+    _, _, _, _, data = world
+    again = json.loads((out / "quantize.json").read_text())
+    page = (out / "report.html").read_text()
+    assert page == quantizing.render(again, out)
+    assert "<script" not in page
+    assert page.count("<svg") == 5  # scores, sizes, kernels, two games
+    cells = table.lines(found)
+    assert cells[0][0] == "float"
+    assert [row[0] for row in cells[1:]] == [f"w4a8 {name}" for name in METHODS]
+    words = ["evaluate", str(out / "w4a8-rtn"), f"--data.source=file:{data}", "--data.max-length=8"]
+    said = out.parent / "said.json"
+    assert cli.main([*words, "--data.buckets=8", "--split=test", f"--out={said}"]) == 0
+    score = json.loads(said.read_text())["metrics"]["accuracy"]
+    assert score == pytest.approx(found["rows"][0]["metrics"]["accuracy"])
+    assert cli.main(["quantize", str(out / "w4a8-rtn"), "--out", str(out.parent / "b")]) == 2
+    assert "is quantized already" in capsys.readouterr().err
+
+
+def test_without_data_it_rounds_and_scores_nothing(world, tmp_path):
+    _, _, model, params, _ = world
+    folder = export(tmp_path / "bare", model, params)
+    config = QuantizeConfig(
+        str(folder), str(tmp_path / "out"), ("w8a8",), ("rtn", "gptq"), calibration="noise",
+        examples=8, batch_size=4, length=6, speed=0,
+    )  # fmt: skip
+    found = command.run(config)
+    assert found["metric"] is None
+    assert all("metrics" not in row for row in found["rows"])
+    assert pretrained.load_config(tmp_path / "out" / "w8a8-gptq").width == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--bits", "w9a8"], "9"),
+        (["--bits", "eight"], "scheme must look like w8a8"),
+        (["--method", "round"], "method"),
+        (["--bits", "w4a8-g5"], "group must divide"),
+        (["--rho", "-1"], "rho must be >= 0 and finite"),
+        (["--seeds", "-1"], "seeds must be >= 0"),
+        ([], "out must name the new folder"),
+    ],
+)
+def test_mistakes(options, said, world, tmp_path, capsys):
+    out = ["--out", str(tmp_path / "out")] if options else []
+    assert cli.main(["quantize", str(world[1]), *options, *out]) == 2
+    message = capsys.readouterr().err
+    assert said in message
+    assert message.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_model_and_no_data(world, tmp_path, capsys):
+    assert cli.main(["quantize", "--out", str(tmp_path / "o")]) == 2
+    assert "no model is named" in capsys.readouterr().err
+    _, _, model, params, _ = world
+    folder = export(tmp_path / "bare", model, params)
+    words = ["quantize", str(folder), "--method", "gptq", "--out", str(tmp_path / "o")]
+    assert cli.main([*words, "--speed", "0"]) == 2
+    assert "names no data to calibrate with" in capsys.readouterr().err
