@@ -30,7 +30,7 @@ usage: steppe COMMAND [options]      (steppe COMMAND --help lists the options)
   sharpness RUN       how sharp the loss is around a run's model, drawn and in numbers
   overlays list       the parameter-efficient methods of finetune --overlay
   papers [NAME]       the systems that steppe implements
-  bench NAME          benchmarks: finetune, lm-step, generate, compile, load, imports, mfu
+  bench NAME          benchmarks: finetune, sharpness, merge, distill, generate, ...
   --version           print the versions that matter
 
 recipes: {recipes}; distill: {distillations}; compare: {comparisons}

@@ -80,6 +80,7 @@ def make(
             ratio=r,
             scale_tau2=True,
             top_k=config.top_k,
+            token_chunk=config.token_chunk,
             policy=rewrite,
             **sizes,
         )

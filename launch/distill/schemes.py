@@ -120,6 +120,11 @@ OPTIONS: dict[str, tuple[Any, Reads, str]] = {
         lambda c: c.data.task in WRITTEN_TASKS and c.scheme not in ("minillm", "features"),
         "data.task lm, chat, and no scheme minillm or features",
     ),
+    "token_chunk": (
+        None,
+        lambda c: c.data.task in WRITTEN_TASKS and c.scheme in PLAIN and c.top_k is None,
+        f"data.task lm, chat with scheme {', '.join(PLAIN)}, and no top_k",
+    ),
     "tkd": (1.0, lambda c: c.scheme == "dkd", "scheme dkd"),
     "dkd": (8.0, lambda c: c.scheme == "dkd", "scheme dkd"),
     "lam": (0.2, lambda c: c.scheme == "atkd", "scheme atkd"),

@@ -108,6 +108,8 @@ class DistillConfig:
       beta, alpha: of the jsd and symmetric divergences; of the skewed ones.
       top_k: compare the teacher's k most probable classes and the remainder.
       vocab_chunk: decoders: columns of the vocabulary at a time; None = all logits in memory.
+      token_chunk: decoders: tokens at a time, in place of vocab_chunk: the same loss at the work
+        of the dense form.
       tkd, dkd: dkd: coefficients of the two parts.
       lam, hard_ratio: atkd: weight of the easy tokens, share of the hard ones.
       soft_start, soft_end: dwt: coefficient of the teacher's loss, first and last.
@@ -148,6 +150,7 @@ class DistillConfig:
     alpha: float | None = None
     top_k: int | None = None
     vocab_chunk: int | None = None
+    token_chunk: int | None = None
     tkd: float | None = None
     dkd: float | None = None
     lam: float | None = None
@@ -197,7 +200,16 @@ class DistillConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be >= 0 and finite, got {value}")
-        counts = ("top_k", "vocab_chunk", "capacity", "prompt_tokens", "max_new_tokens")
+        if self.vocab_chunk is not None and self.token_chunk is not None:
+            raise ValueError("vocab_chunk and token_chunk are given both: one of them is enough")
+        counts = (
+            "top_k",
+            "vocab_chunk",
+            "token_chunk",
+            "capacity",
+            "prompt_tokens",
+            "max_new_tokens",
+        )
         for name in (*CUTS, *counts):
             value = getattr(self, name)
             if value is not None and value < 1:

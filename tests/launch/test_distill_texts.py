@@ -95,6 +95,7 @@ def test_the_parts_of_the_kl_are_those_of_the_logits(tiny):
 
 STEPS = [
     {"scheme": "kd", "vocab_chunk": 4},
+    {"scheme": "kd", "token_chunk": 4},
     {"scheme": "kd", "policy": "mix_request", "mix_with": "teacher", "share": 0.0},
     {"scheme": "kd", "policy": "imperfect", "weight": 1.0, "teacher_dtype": "bfloat16"},
     {"scheme": "dkd"},

@@ -7,9 +7,10 @@ predicted probabilities,
   information_i = H(mean_x p(x)) - mean_x H(p(x))        nats, task i
 
 is large where answers are certain and differ, and 0 where they are all the same (Bridle et al.,
-NIPS 1991). A task has collapsed where exp(H(histogram of its answers)), the number of classes
-that it still uses, falls below a share of the largest number that it had. Then the run stops,
-and the state with the largest sum of informations is kept.
+NIPS 1991). A task has collapsed where exp(H(histogram of its answers)) - 1, the number of classes
+that it still uses beside one, falls below a share of the largest number that it had: with two
+classes, where the rarer one gets less than a seventh of the answers that were once divided
+evenly. Then the run stops, and the state with the largest sum of informations is kept.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ class Guard:
 
     Attributes:
       window: steps over which answers are counted; also how often a state can be kept.
-      share: a task has collapsed below this share of the classes that it once used.
+      share: a task has collapsed below this share of the classes that it once used, the first
+        one apart, which is always there.
       stop: stop and keep the best state; False only warns (for parity with published runs).
     """
 
@@ -194,7 +196,7 @@ def run(
         value = float(_window(number, rows[-JUDGED:]).information.sum())
         if value > best[0]:
             best = (value, number, _copy(state))
-        gone = np.flatnonzero(window.classes < guard.share * most)
+        gone = np.flatnonzero(window.classes - 1 < guard.share * (most - 1))
         if not gone.size:
             continue
         what = (
