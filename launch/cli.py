@@ -326,6 +326,11 @@ def _report(args: list[str]) -> int:
         Console().print(study_table.rich_table(study.report(run)))
         print(run / "report.html")
         return 0
+    if (run / "merge.json").is_file():
+        from steppe.launch.merge import command as merging
+
+        print(merging.report(run))
+        return 0
     file = report.write(run)
     Console().print(report.summary(run))
     print(file)

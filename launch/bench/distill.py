@@ -42,7 +42,9 @@ class DistillBench:
       vocab_chunk: columns at a time, by vocabulary.
       token_chunk: tokens at a time, by tokens.
       peer: torch, or none.
-      tolerance: largest relative difference of losses and gradients.
+      tolerance: largest relative difference of losses and gradients of our programs.
+      peer_tolerance: the same of the peer's: PyTorch's gradient of the matrix is off by 2e-3 at
+        32,000 entries and 1e-2 at 152,000, where ours are within 1e-6 of float64.
       threads: processor cores; 0 = all that there are.
       protocol: warm-up, rounds and steps.
       seed: of hidden states and matrices.
@@ -58,6 +60,7 @@ class DistillBench:
     token_chunk: int = 64
     peer: str = "torch"
     tolerance: float = 1e-4
+    peer_tolerance: float = 5e-2
     threads: int = 0
     protocol: Protocol = field(default_factory=lambda: Protocol(1, 5, 1))
     seed: int = 0
@@ -206,7 +209,8 @@ def run(config: DistillBench, say: Callable[[str], None] = print) -> dict[str, A
     ):
         side = {name: torch if name == TORCH else ours for name in programs}
         checked = {name: side[name].call("check", name) for name in programs}
-        worst = agree(checked, config.tolerance)
+        worst = agree({name: checked[name] for name in OURS}, config.tolerance)
+        peer = agree(checked, config.peer_tolerance)
         memory = {name: ours.call("memory", name) for name in OURS}
         for name in programs:
             if config.protocol.warmup:
@@ -225,6 +229,7 @@ def run(config: DistillBench, say: Callable[[str], None] = print) -> dict[str, A
         "logits": logits,
         "gradient": 4 * config.vocabulary * config.width,
         "worst_difference": worst,
+        "peer_difference": peer,
         "programs": {
             name: {
                 "seconds": found,
@@ -301,7 +306,8 @@ def table(result: Mapping[str, Any]) -> RenderableType:
         f"goals: {slow:g} times the time, {share:g} of the logits of one model "
         f"({result['logits'] / 2**20:,.0f} MiB; the gradient of the matrix is "
         f"{result['gradient'] / 2**20:,.0f} MiB)",
-        f"losses and gradients agree to {result['worst_difference']:.1e}",
+        f"losses and gradients agree to {result['worst_difference']:.1e}, with the peer to "
+        f"{result['peer_difference']:.1e}",
     ]
     lines += [f"warning: {reason}" for reason in result["unsteady"]]
     return Group(grid, *(Text(line) for line in lines))

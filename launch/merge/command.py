@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import shlex
 import shutil
 import time
@@ -19,7 +20,7 @@ from steppe.launch.merge.material import Task
 from steppe.launch.merge.settings import ADAPTED, LAM, STREAMED, SWEPT, MergeConfig
 from steppe.launch.progress import Line
 from steppe.train.merge import heads, stream
-from steppe.train.merge.inputs import Report
+from steppe.train.merge.inputs import Report, word_heads
 
 RESULT, PAGE, MASK = "merge.json", "report.html", "mask.safetensors"
 EVERY = 20.0  # seconds between two plain lines
@@ -90,6 +91,21 @@ def run(config: MergeConfig, command: Sequence[str] = ()) -> dict[str, Any]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     print(out / PAGE)
     return result
+
+
+def report(out: Path) -> Path:
+    """Draws report.html of a merged folder again, from its merge.json.
+
+    Raises:
+      ValueError: merge.json is damaged.
+    """
+    from steppe.launch.report import merging
+
+    try:
+        found = json.loads((out / RESULT).read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{out / RESULT} is damaged ({error})") from error
+    return outputs.write_text(out / PAGE, merging.render(merging.finite(found)))
 
 
 @contextlib.contextmanager
@@ -174,6 +190,8 @@ def _streamed(
             names=[part.name for part in models],
             progress=lambda done, total, name: shown.tell(f"merging {name}", done, total),
             resume=not config.anew,
+            # Scored, every task keeps its head over words, as in the sweep.
+            heads=word_heads(report) if trees is not None else (),
         )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
@@ -191,6 +209,10 @@ def _streamed(
     _leave(config, models, tasks, result)
     if trees is not None:
         shown.tell("scores", 0, 1)
+        if not (done.out / heads.HEADS).is_file():  # heads that are tied have no tensor
+            own = trees.multihead(trees.theta0).heads
+            entries = {name: heads.describe(h.config, h.labels) for name, h in own.items()}
+            heads.write(done.out, entries, {name: {} for name in own})
         merged = heads.load(done.out)
         result["table"] = _table(config, tasks, trees, merged, nets, reference["test"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ def run(config: MergedConfig) -> dict[str, Any]:
     names = [config.task] if config.task else list(merged.heads)
     found: dict[str, Any] = {}
     for name in names:
-        data = config.data if config.data.source else own.get(name)
+        data = _settings(config.data, own.get(name))
         if data is None:
             raise ValueError(
                 f"{folder} does not say what data {name} is of; give it: --task {name} "
@@ -69,6 +70,19 @@ def run(config: MergedConfig) -> dict[str, Any]:
     if config.out:
         print(outputs.write_json(Path(config.out), result))
     return result
+
+
+def _settings(given: DataConfig, own: DataConfig | None) -> DataConfig | None:
+    """The data to evaluate on: what is given, the rest as the task's own; None without any."""
+    if own is None:
+        return given if given.source else None
+    plain = EvaluateConfig("").data
+    changed = {
+        field.name: getattr(given, field.name)
+        for field in dataclasses.fields(DataConfig)
+        if getattr(given, field.name) != getattr(plain, field.name)
+    }
+    return dataclasses.replace(own, **changed)
 
 
 def data_of(folder: Path) -> dict[str, DataConfig]:

@@ -14,7 +14,7 @@ from steppe.launch import opening, setup
 from steppe.launch.config import DataConfig, FinetuneConfig
 from steppe.launch.merge.settings import MergeConfig
 from steppe.models import pretrained
-from steppe.train.merge import stream
+from steppe.train.merge import heads, stream
 from steppe.train.merge.inputs import Report
 
 BASE = "the base"
@@ -45,8 +45,9 @@ def collect(config: MergeConfig) -> tuple[Part, list[Part], Report]:
     Raises:
       FileNotFoundError: an input is missing, or a run has not ended.
       FileExistsError: ``out`` holds files.
-      ValueError: names that repeat, or inputs that do not fit together: the first differences
-        are printed as a table on stderr.
+      NotADirectoryError: ``out`` would lie in a file.
+      ValueError: names that repeat or cannot name a file, or inputs that do not fit together:
+        the first differences are printed as a table on stderr.
     """
     if not config.base or not config.models:
         raise ValueError("say what to merge: steppe merge METHOD BASE MODEL MODEL ... --out FOLDER")
@@ -57,18 +58,34 @@ def collect(config: MergeConfig) -> tuple[Part, list[Part], Report]:
         raise FileExistsError(f"{config.out} is there already; choose a new folder with --out")
     if config.method == "slerp" and len(config.models) != 2:
         raise ValueError(f"slerp is between two models, got {len(config.models)}")
+    parent = next(p for p in out.absolute().parents if p.exists())
+    if not parent.is_dir():
+        raise NotADirectoryError(
+            f"{config.out} would lie in {parent}, which is a file; choose a folder with --out"
+        )
     runs = [run_of(given) for given in config.models]
     names = config.names or tuple(_name(given) for given in config.models)
     own = [None if run is None else run.data for run in runs]
     given = [_data(one) for one in config.data] if config.data else own
     settings = [_limited(one, config.eval_limit) for one in given]
-    models = [
-        Part(name, model, folder(model, out, name), data, run)
-        for name, model, data, run in zip(names, config.models, settings, runs, strict=True)
-    ]
-    base = Part(BASE, config.base, folder(config.base, out, "base"))
-    report = stream.inspect(base.folder, [part.folder for part in models], names=names)
+    for name in names:
+        heads.check_name(name)
+    before = converted(out).exists()
+    try:
+        models = [
+            Part(name, model, folder(model, out, name), data, run)
+            for name, model, data, run in zip(names, config.models, settings, runs, strict=True)
+        ]
+        # No task's name begins with a dot.
+        base = Part(BASE, config.base, folder(config.base, out, ".base"))
+        report = stream.inspect(base.folder, [part.folder for part in models], names=names)
+    except Exception:
+        if not before:
+            clean(out)
+        raise
     if not report.ok:
+        if not before:
+            clean(out)
         print(report.table(), file=sys.stderr)
         raise ValueError(
             f"the models cannot be merged: they differ in {len(report.differences)} places of "
@@ -167,9 +184,21 @@ def notes(base: Part, models: list[Part], report: Report) -> list[str]:
             text += "; the runs began it from different seeds, of which an average means little"
         said.append(text)
     for part in models:
-        if part.run is not None and part.run.model != base.given:
+        if part.run is not None and not _same(part.run.model, base.given):
             said.append(f"{part.name} was fine-tuned from {part.run.model}, not {base.given}")
+    lacking = [part.given for part in models if part.data is None]
+    if lacking and len(lacking) < len(models):
+        said.append(
+            f"no scores: {', '.join(lacking)} names no data; give --data, one source a model"
+        )
     return said
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two inputs as users write them are the same."""
+    if one == other or one.startswith("asset:") or other.startswith("asset:"):
+        return one == other
+    return Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
 
 
 def licence(data: DataConfig | None) -> str:

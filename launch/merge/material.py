@@ -60,9 +60,9 @@ class Task:
         return {name: float(value) for name, value in found.metrics.items()}
 
     def ratio(self, value: float, reference: float) -> float:
-        """A score relative to a reference: 1 = as good, less = worse."""
+        """A score relative to a reference: 1 = as good, less = worse; NaN of a negative one."""
         above, below = (reference, value) if self.less else (value, reference)
-        return above / below if below else float("nan")
+        return above / below if below and reference >= 0 else float("nan")
 
     def draws(self, split: str, size: int, seed: int) -> Callable[[int], dict[str, np.ndarray]]:
         """Batch number n of an endless, shuffled sequence of inputs of one shape, no labels."""

@@ -118,6 +118,10 @@ class MergeConfig:
             raise ValueError(
                 f"weights must be {len(self.models)}, one a model, got {len(self.weights)}"
             )
+        if not all(math.isfinite(weight) for weight in self.weights):
+            raise ValueError(f"weights must be finite numbers, got {self.weights}")
+        if self.method == "average" and self.weights and sum(self.weights) == 0:
+            raise ValueError(f"weights must not sum to 0, got {self.weights}")
         for name in ("lam", "t", "lr", "mask_lr", "base_lr"):
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):

@@ -13,9 +13,8 @@ from steppe.launch.report.folder import mapping, number
 from steppe.launch.report.svg import BOTTOM, RIGHT, TOP, WIDTH, Canvas, escape, fit, short
 
 WHY = (
-    "All methods of a seed merge the same fine-tuned models. Methods that adapt saw the inputs of "
-    "the validation split and no label; a coefficient was chosen by that split's labels. The test "
-    "split was seen by nothing."
+    f"All methods of a seed merge the same fine-tuned models. {study_table.SAW} The test split was "
+    "seen by nothing."
 )
 
 

@@ -93,6 +93,8 @@ def checked(found, out, method):
     assert page == merging.render(merging.finite(found))
     assert "<script" not in page
     assert "http:" not in page
+    assert cli.main(["report", str(out)]) == 0
+    assert (out / "report.html").read_text() == page
     return heads.load(out)
 
 
@@ -206,6 +208,45 @@ def test_adaptation_says_what_it_saw_and_learns_a_coefficient_a_tensor(world, tm
     assert set(found["adaptation"]["entropy"]) == {"mask", "coefficients"}
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_language_models_keep_their_heads_and_are_scored(tied, tmp_path):
+    from steppe.models.decoder import DecoderConfig
+
+    network = DecoderConfig(
+        "llama", len(VOCAB), 8, 1, 2, 8, 16, tied=tied, head=HeadConfig("lm", 1, drop=0.0)
+    )
+    model = network.build()
+    params = jax.jit(model.init)(jax.random.key(0))
+
+    def export_(folder, params):
+        export(folder, model, params)
+        (folder / "tokenizer_config.json").write_text('{"eos_token": "[SEP]"}')
+        return folder
+
+    base = export_(tmp_path / "base", params)
+    texts = tmp_path / "texts.jsonl"
+    rows = [{"id": str(i), "text": f"{WORDS[i % 7]} was {WORDS[i % 5]}"} for i in range(40)]
+    texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = config.DataConfig(source=f"file:{texts}", task="lm", max_length=16, buckets=())
+    runs = []
+    for i, name in enumerate(("one", "two"), 1):
+        moved = jax.tree.map(lambda x, i=i: x + 0.02 * i * np.cos(np.arange(x.size)).reshape(
+            x.shape).astype(np.float32), params)  # fmt: skip
+        export_(tmp_path / name / "model", moved)
+        made = config.FinetuneConfig(model=str(base), data=data)
+        outputs.write_json(tmp_path / name / "config.json", config.to_dict(made))
+        runs.append(tmp_path / name)
+    out = tmp_path / "out"
+    found = merge("task-arithmetic", (tmp_path, base, runs), out, "--no-maps", "--sweep", "0.5")
+    assert found["table"][2]["scores"] == pytest.approx(found["sweep"]["test"][0]["scores"])
+    merged = heads.load(out)
+    assert [merged.heads[name].config.kind for name in ("one", "two")] == ["lm", "lm"]
+    for name in ("one", "two"):
+        own = pretrained.load(tmp_path / name / "model").params.get("head", {})
+        assert bool(own) != tied
+        jax.tree.map(np.testing.assert_array_equal, merged.heads[name].params, own)
+
+
 def test_batches_for_adaptation_hold_no_labels(world):
     from steppe.launch.merge import inputs, material
 
@@ -268,6 +309,16 @@ def test_mistakes_end_in_one_line(world, tmp_path, capsys, monkeypatch):
     assert "does not exist" in said(capsys, "ties", base, root / "nowhere", *to)
     assert "weighted takes --weights" in said(capsys, "weighted", base, *runs, *to)
     assert "slerp is between two" in said(capsys, "slerp", base, runs[0], *to)
+    for method, weights, words in (
+        ("weighted", ("inf", "1"), "weights must be finite"),
+        ("average", ("nan", "1"), "weights must be finite"),
+        ("average", ("0", "0"), "weights must not sum to 0"),
+    ):
+        assert words in said(capsys, method, base, *runs, *to, "--weights", *weights)
+    assert "must be able to name a file" in said(
+        capsys, "ties", base, *runs, *to, "--names", "a/b", "c"
+    )
+    assert "is a file" in said(capsys, "ties", base, *runs, "--out", data / "x")
     assert "k must be in (0, 1]" in said(capsys, "ties", base, *runs, *to, "--k", "2")
     assert "different ones" in said(capsys, "ties", base, runs[0], runs[0], *to)
     loose = [run / "model" for run in runs]
@@ -312,6 +363,58 @@ def test_mistakes_end_in_one_line(world, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
     assert "10" not in said(capsys, "average", base, *runs, *to).split("needs")[0]
     assert not out.exists()
+
+
+def test_notes_name_another_base_and_models_without_data(world, monkeypatch):
+    from steppe.launch.merge import inputs
+
+    root, base, runs, *_ = world
+    run = inputs.run_of(str(runs[0]))
+    part = inputs.Part("one", "one", runs[0] / "model", run.data, run)
+    monkeypatch.chdir(root)
+    report = stream.inspect(None, [runs[0] / "model"])
+    assert inputs.notes(inputs.Part("base", "base", base), [part], report) == []
+    loose = inputs.Part("two", "two/model", runs[1] / "model")
+    other, lacking = inputs.notes(inputs.Part("base", "two", base), [part, loose], report)
+    assert other == f"one was fine-tuned from {base}, not two"
+    assert lacking == "no scores: two/model names no data; give --data, one source a model"
+
+
+def test_nothing_is_left_of_inputs_that_cannot_be_collected(world, tmp_path, monkeypatch):
+    from steppe.launch.merge import inputs
+    from steppe.launch.merge.settings import MergeConfig
+
+    _, base, runs, *_ = world
+    made = inputs.folder
+
+    def converts(given, out, name):
+        (inputs.converted(out) / name).mkdir(parents=True)
+        return made(given, out, name)
+
+    monkeypatch.setattr(inputs, "folder", converts)
+    wanted = MergeConfig("ties", str(base), (str(runs[0]), "nowhere"), str(tmp_path / "out"))
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        inputs.collect(wanted)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_data_of_a_task_is_read_with_its_settings():
+    from steppe.launch.merge import evaluation
+
+    own = config.DataConfig(source="file:a", task="regression", label="score", max_length=8)
+    given, plain = config.DataConfig(source="file:b"), config.EvaluateConfig("").data
+    assert evaluation._settings(given, own) == dataclasses.replace(own, source="file:b")
+    assert evaluation._settings(plain, own) == own
+    assert evaluation._settings(given, None) == given
+    assert evaluation._settings(plain, None) is None
+
+
+def test_a_negative_reference_has_no_ratio():
+    from steppe.launch.merge.material import Task
+
+    task = Task("a", "regression", "pearson", False, config.DataConfig(), None, None, {}, 1)
+    assert task.ratio(0.4, 0.8) == 0.5
+    assert np.isnan(task.ratio(0.4, -0.8))
 
 
 def test_disagreement_is_of_what_two_tasks_keep(tmp_path):

@@ -145,6 +145,8 @@ def test_table_and_page(done, capsys):
     text = (out / "table.md").read_text()
     assert text == study_table.markdown(json.loads((out / "table.json").read_text()))
     assert "| ties:lam=0.4 (lam 0.4) |" in text
+    assert "| valid |" in text
+    assert "fisher and regmean saw inputs of the training split" in text
     page = (out / "report.html").read_text()
     assert page == merge_study.render(json.loads((out / "table.json").read_text()))
     assert "<script" not in page
@@ -153,6 +155,14 @@ def test_table_and_page(done, capsys):
     assert "concrete-adamerging" in capsys.readouterr().out.replace("\n", "")
     assert (out / "report.html").read_text() == page
     assert cli.main(["sharpness", str(out)]) == 2
+
+
+def test_the_metric_is_the_one_that_stands_for_the_tasks():
+    metrics = {"one": {"accuracy": 0.5, "perplexity": 3.0}}
+    rows = {(0, "average"): {"test": {"metrics": metrics, "scores": [3.0]}}}
+    assert study_table._metric(rows) == "score"
+    rows[0, "average"]["test"]["scores"] = [0.5]
+    assert study_table._metric(rows) == "accuracy"
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,22 @@ ARCHITECTURE = (
     "vocab_size",
     "patch_size",
 )
+# Keys that change what the same tensors compute. Many files leave them out where they have the
+# family's default, so only folders that name one are compared. One line, one meaning: the first
+# key that a folder has counts.
+BEHAVIOUR = (
+    ("num_attention_heads", "num_heads", "n_heads", "n_head", "encoder_attention_heads"),
+    ("decoder_attention_heads",),
+    ("num_key_value_heads",),
+    ("head_dim",),
+    ("hidden_activation", "hidden_act", "activation_function", "activation"),
+    ("feed_forward_proj",),
+    ("layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps"),
+    ("rope_theta",),
+    ("position_embedding_type",),
+    ("relative_attention_num_buckets",),
+    ("relative_attention_max_distance",),
+)
 TASK_HEADS = ("classification", "regression", "token", "span")
 # A tensor of a numbered layer belongs to the trunk: a model that lacks it is another network.
 LAYER = re.compile(r"(^|\.)(layers?|h|blocks?|resblocks)\.\d+\.")
@@ -117,9 +133,10 @@ def open_input(folder: str | os.PathLike[str], name: str) -> Input:
 
 
 def digest(inputs: Sequence[Input]) -> str:
-    """A hash of the names, sizes, times and headers of all files, in the order given."""
+    """A hash of the folders, names, sizes, times and headers of all files, in order."""
     out = hashlib.sha256()
     for one in inputs:
+        out.update(f"{one.folder.absolute()}\n".encode())
         for file in sorted({tensor.file for tensor in one.tensors.values()}):
             status = file.stat()
             out.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
@@ -283,24 +300,45 @@ def inspect(
 
 def head_of(one: Input) -> tuple[str, Family] | None:
     """(kind, family) of the task head that a fine-tuned model declares, or None."""
+    found = declared(one)
+    return None if found is None or found[0] not in TASK_HEADS else found
+
+
+def declared(one: Input) -> tuple[str, Family] | None:
+    """(kind, family) of whatever head the configuration declares, those over words too."""
     family = one.family
     names = one.raw.get("architectures") or [""]
     kind = None if family is None else family.kind_of(str(names[0]), one.raw)
-    return None if kind is None or family is None or kind not in TASK_HEADS else (kind, family)
+    return None if kind is None or family is None else (kind, family)
+
+
+def word_heads(report: Report) -> list[str]:
+    """Patterns for ``heads`` of the heads over words (lm, mlm, seq2seq) that models declare.
+
+    They are merged like any tensor unless these patterns are given; empty where they are tied.
+    """
+    found: set[str] = set()
+    for one in report.models:
+        head = declared(one)
+        if head is not None and head[0] not in TASK_HEADS:
+            found |= _tensors_of(one, *head)
+    return [re.escape(name) for name in sorted(found)]
 
 
 def _head_tensors(one: Input) -> set[str]:
-    """Tensors of the head that the configuration declares."""
+    """Tensors of the task head that the configuration declares."""
     found = head_of(one)
-    if found is None:
-        return set()
-    kind, family = found
+    return set() if found is None else _tensors_of(one, *found)
+
+
+def _tensors_of(one: Input, kind: str, family: Family) -> set[str]:
     count = 1 if kind == "regression" else 2
     try:
         config = family.read(one.raw).with_head(family.head(kind, count, 0.0))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{one.folder / 'config.json'}: {error}") from error
-    return {name.tensor for name in family.heads[kind].of(config)} & set(one.tensors)
+    names = family.heads[kind].of(config)
+    return {name.tensor for name in names if name.path.startswith("head/")} & set(one.tensors)
 
 
 def _configurations(inputs: Sequence[Input]) -> list[Difference]:
@@ -311,11 +349,30 @@ def _configurations(inputs: Sequence[Input]) -> list[Difference]:
         values = [str(one.raw.get(key, "-")) for one in inputs]
         if len({str(one.raw.get(key)) for one in told}) > 1:
             rows.append(Difference(f"config.json: {key}", tuple(values)))
+    for keys in BEHAVIOUR:
+        named = [_behaviour(one.raw, keys) for one in inputs]
+        values = ["-" if pair is None else str(pair[1]) for pair in named]
+        what = next((pair[0] for pair in named if pair is not None), "")
+        if len({pair[1] for pair in named if pair is not None}) > 1 and what not in ARCHITECTURE:
+            rows.append(Difference(f"config.json: {what}", tuple(values)))
     marks = [_vocabulary(one.folder) for one in inputs]
     if len({mark for mark, _ in marks if mark}) > 1:
         values = [f"{size} words, {mark[:8]}" if mark else "-" for mark, size in marks]
         rows.append(Difference("vocabulary", tuple(values)))
     return rows
+
+
+def _behaviour(raw: Mapping[str, Any], keys: Sequence[str]) -> tuple[str, Any] | None:
+    """(key, value) of the first of ``keys`` that a configuration names; None without one."""
+    inner = raw.get("rope_parameters")
+    both = {**inner, **raw} if isinstance(inner, Mapping) else raw
+    key = next((key for key in keys if both.get(key) is not None), None)
+    return None if key is None else (key, _number(both[key]))
+
+
+def _number(value: Any) -> Any:
+    """10000 and 10000.0 are one value; what cannot be hashed is compared as text."""
+    return value if isinstance(value, (int, float, str)) else str(value)
 
 
 def _vocabulary(folder: Path) -> tuple[str, int]:

@@ -188,7 +188,10 @@ class Job:
         return jax.random.fold_in(jax.random.key(self.method.seed), own), drop, scale
 
     def pieces(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
-        """(first entry, merged entries) of a tensor, in the dtype of the output."""
+        """(first entry, merged entries) of a tensor, in the dtype of the output.
+
+        Sums are in float32, those of float64 tensors too.
+        """
         origin = self.report.origin(name)
         if not self._float(name):
             flat = origin.read(name)
@@ -199,7 +202,9 @@ class Job:
         fixed = self._fixed(name)
         for piece in self._read(name):
             values = self._merged(name, piece, fixed)
-            yield piece.start, np.asarray(values.astype(dtype))[: piece.stop - piece.start]
+            # jax has no float64 by default: it would silently leave float32.
+            narrow = values if dtype.itemsize > 4 else values.astype(dtype)
+            yield piece.start, np.asarray(narrow)[: piece.stop - piece.start].astype(dtype)
 
     def _fixed(self, name: str) -> list[Any] | None:
         """Coefficients of the models where the merge is a weighted sum, or None."""

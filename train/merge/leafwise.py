@@ -125,8 +125,8 @@ def average(thetas: Sequence[Mapping[str, Any]], weights: Sequence[Any] | None =
       weights: N numbers; they are divided by their sum. Default: all equal.
 
     Raises:
-      ValueError: no model, different structures, or weights whose number is not N or whose
-        sum is 0.
+      ValueError: no model, different structures, or weights that are not finite, whose number
+        is not N or whose sum is 0.
     """
     check_models(thetas)
     if weights is None:
@@ -141,6 +141,7 @@ def average(thetas: Sequence[Mapping[str, Any]], weights: Sequence[Any] | None =
     whole = sum(weights[1:], weights[0])
     if not isinstance(whole, jax.core.Tracer) and float(whole) == 0:
         raise ValueError(f"weights must not sum to 0, got {tuple(weights)}")
+    check_weights(weights)
     return weighted(thetas, [w / whole for w in weights])
 
 
@@ -153,6 +154,7 @@ def weighted(thetas: Sequence[Mapping[str, Any]], weights: Sequence[Any]) -> Par
     check_models(thetas)
     if len(weights) != len(thetas):
         raise ValueError(f"weights must be {len(thetas)}, one a model, got {len(weights)}")
+    check_weights(weights)
 
     def one(path: str, *leaves: Any) -> Any:
         if not mergeable(leaves[0]):
@@ -162,10 +164,21 @@ def weighted(thetas: Sequence[Mapping[str, Any]], weights: Sequence[Any]) -> Par
     return tree.map_with_path(one, *thetas)
 
 
-def task_vectors(theta0: Mapping[str, Any], thetas: Sequence[Mapping[str, Any]]) -> Params:
-    """The task vectors ``theta_i - theta_0``, stacked: leaves [N, ...] in the base's dtype.
+def check_weights(weights: Sequence[Any]) -> None:
+    """
+    Raises:
+      ValueError: a weight that is not finite; traced ones are not looked at.
+    """
+    known = [w for w in weights if not isinstance(w, jax.core.Tracer)]
+    if not all(np.isfinite(np.asarray(w, np.float64)).all() for w in known):
+        raise ValueError(f"weights must be finite numbers, got {tuple(weights)}")
 
-    Integer and boolean leaves are left out. Differences are taken in float32.
+
+def task_vectors(theta0: Mapping[str, Any], thetas: Sequence[Mapping[str, Any]]) -> Params:
+    """The task vectors ``theta_i - theta_0``, stacked: leaves [N, ...] in float32.
+
+    Integer and boolean leaves are left out. Rounded to a narrower dtype of the base, vectors
+    would no longer lead back to the models.
 
     Raises:
       ValueError: no model, or one whose structure is not the base's.
@@ -177,7 +190,7 @@ def task_vectors(theta0: Mapping[str, Any], thetas: Sequence[Mapping[str, Any]])
 
     def one(base: Any, leaves: Sequence[Any]) -> jax.Array:
         low = base.astype(jnp.float32)
-        return jnp.stack([(leaf.astype(jnp.float32) - low).astype(base.dtype) for leaf in leaves])
+        return jnp.stack([leaf.astype(jnp.float32) - low for leaf in leaves])
 
     return tree.unflatten(
         {

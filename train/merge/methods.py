@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -97,5 +98,13 @@ def check(method: Method, report: Report) -> None:
     for name, value in given.items():
         if isinstance(value, tuple) and len(value) != count:
             raise ValueError(f"{name} must be {count}, one a model, got {len(value)}")
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(x, (int, float)) and not math.isfinite(x) for x in numbers):
+            raise ValueError(f"{name} must be finite, got {value}")
+    lam = inner.lam if isinstance(inner, Ties) else 0.0
+    t = method.t if isinstance(method, Slerp) else 0.0
+    for name, value in (("lam", lam), ("t", t)):
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value}")
     if isinstance(method, Average) and method.weights is not None and sum(method.weights) == 0:
         raise ValueError(f"weights must not sum to 0, got {method.weights}")

@@ -101,7 +101,7 @@ class Output:
     Raises:
       FileExistsError: ``target`` holds files.
       OSError: the disk has too little space (ENOSPC); nothing was written then.
-      ValueError: a partial output of other inputs or another method lies there.
+      ValueError: a partial output of other inputs, another method or layout lies there.
     """
 
     def __init__(
@@ -118,6 +118,8 @@ class Output:
             raise FileExistsError(f"{self.target} is there already; choose a new folder")
         self.folder = self.target.parent / f".{self.target.name}.partial"
         headers, self.places, totals = lay_out(tensors, shard_bytes)
+        run = {**run, "files": totals}
+        self._written: dict[str, int] = {}
         self.done: set[str] = set()
         self.state: dict[str, Any] | None = None
         self._pending: list[str] = []
@@ -159,15 +161,22 @@ class Output:
             raise
 
     def _read(self, run: Mapping[str, Any]) -> None:
-        for line in (self.folder / JOURNAL).read_text("utf-8").splitlines():
+        whole = 0
+        for line in (self.folder / JOURNAL).read_bytes().splitlines(keepends=True):
             try:
-                entry = json.loads(line)
+                entry = json.loads(line) if line.endswith(b"\n") else None
             except ValueError:
-                break  # the line that was being written when the work broke off
+                entry = None
+            if entry is None:
+                # It was being written when the work broke off; the next entry starts a new line.
+                os.truncate(self.folder / JOURNAL, whole)
+                break
+            whole += len(line)
             if "run" in entry and entry["run"] != json.loads(json.dumps(dict(run))):
                 raise ValueError(
                     f"{self.folder} holds the start of another merge (its inputs, their files or "
-                    "the method differ); finish that one, or start anew with resume=False"
+                    "the method differ); finish that one, or start anew: resume=False, on the "
+                    "command line --anew"
                 )
             if "tensor" in entry:
                 self.done.add(entry["tensor"])
@@ -187,18 +196,37 @@ class Output:
         self._log({"state": self.state})
 
     def write(self, name: str, start: int, values: np.ndarray) -> None:
-        """Writes entries ``start`` onwards of a tensor."""
+        """Writes entries ``start`` onwards of a tensor.
+
+        Raises:
+          OSError: the disk is full, or the file may not grow (names file and cure).
+        """
         place = self.places[name]
         data = np.ascontiguousarray(values).view(np.uint8).reshape(-1)
         offset = place.offset + start * values.dtype.itemsize
         view = memoryview(data.data)
         while len(view):
-            written = os.pwrite(self._files[place.file], view, offset)
+            try:
+                written = os.pwrite(self._files[place.file], view, offset)
+            except OSError as error:
+                raise OSError(
+                    error.errno,
+                    f"{self.folder / place.file} cannot be written ({error.strerror}); free some "
+                    "space or raise the limit, then the same call goes on",
+                ) from error
             view, offset = view[written:], offset + written
         self._unsynced += data.nbytes
+        self._written[name] = self._written.get(name, 0) + data.nbytes
 
     def finish(self, name: str) -> None:
-        """All of a tensor is written."""
+        """All of a tensor is written.
+
+        Raises:
+          RuntimeError: its bytes are not as many as the header says.
+        """
+        written, wanted = self._written.pop(name, 0), self.places[name].nbytes
+        if written != wanted:
+            raise RuntimeError(f"{name!r} must take {wanted} bytes, got {written}")
         self._pending.append(name)
         self.done.add(name)
         if self._unsynced >= SYNC:

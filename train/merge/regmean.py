@@ -9,7 +9,8 @@ Jin et al., ICLR 2023 (arXiv 2212.09849): a = 0.9.
 
 Deviations: the published code counts padding among the n_i tokens and in X; here a token that
 the attention mask hides counts only with ``padding=True``. A singular sum gets a ridge, which
-is added to every G~_i and therefore draws towards the average, not to 0.
+is added to every G~_i and therefore draws towards the average, not to 0. Solved for is what W
+differs from the average by: equal models give themselves, however badly the sum is conditioned.
 
 Gram matrices are collected through the sites of the model (``steppe.models.sites``): a site
 gives what goes into a dense layer. Its value has to leave the scan over the layers, and the one
@@ -35,7 +36,9 @@ from steppe.train.merge import leafwise
 
 Precision: TypeAlias = Literal["auto", "float32", "float64"]
 LARGE = 2000  # inputs of a layer above which the solver works in float64 on the host
-RIDGE = 1e-6
+# Of the mean eigenvalue. Grams in float32 have noise of about the first, whatever the solver's
+# precision; the second is far above it.
+SINGULAR, RIDGE = 1e-5, 1e-3
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -204,20 +207,23 @@ def _device(stack: list[jax.Array], kernels: list[jax.Array], a: Any) -> jax.Arr
         shrunk = [g * (a + (1 - a) * eye) for g in found]
         weights = [w.astype(jnp.float32) for w in parts[1]]
 
-        def solve(ridge: jax.Array) -> jax.Array:
-            all_ = [g + ridge * eye for g in shrunk]
-            right = leafwise.total(
-                [jnp.matmul(g, w, precision=HIGHEST) for g, w in zip(all_, weights)]
-            )
-            factor = jax.scipy.linalg.cho_factor(leafwise.total(all_))
-            return jax.scipy.linalg.cho_solve(factor, right)
+        left = leafwise.total(shrunk)
+        mean = leafwise.total(weights) / len(weights)
+        right = leafwise.total(
+            [jnp.matmul(g, w - mean, precision=HIGHEST) for g, w in zip(shrunk, weights)]
+        )
+        scale = jnp.trace(left) / eye.shape[0]
 
-        scale = sum(jnp.trace(g) for g in shrunk) / (len(shrunk) * eye.shape[0])
-        plain = solve(jnp.float32(0))
+        def solve(factor: jax.Array) -> jax.Array:
+            return mean + jax.scipy.linalg.cho_solve((factor, True), right)
+
+        # The ridge is no part of the right side: r sum_i (W_i - mean) = 0.
+        plain = jnp.linalg.cholesky(left)
+        pivots = jnp.square(jnp.diagonal(plain))
         return jax.lax.cond(
-            jnp.isfinite(plain).all(),
-            lambda: plain,
-            lambda: solve(jnp.where(scale > 0, RIDGE * scale, 1.0)),
+            (pivots > SINGULAR * scale).all(),
+            lambda: solve(plain),
+            lambda: solve(jnp.linalg.cholesky(left + jnp.where(scale > 0, RIDGE * scale, 1) * eye)),
         )
 
     return jax.lax.map(layer, (stack, kernels))
@@ -232,20 +238,21 @@ def _host(stack: Sequence[Any], kernels: Sequence[Any], a: float) -> np.ndarray:
     for number in range(out.shape[0]):
         left = np.zeros((width, width))
         right = np.zeros((width, out.shape[2]))
-        mean = np.zeros((width, out.shape[2]))
-        for gram, kernel in zip(stack, kernels, strict=True):
+        weights = [np.asarray(kernel[number], np.float64) for kernel in kernels]
+        mean = sum(weights) / len(weights)
+        for gram, weight in zip(stack, weights, strict=True):
             shrunk = np.asarray(gram[number], np.float64) * a
             shrunk[diagonal, diagonal] = np.diagonal(np.asarray(gram[number], np.float64))
-            weight = np.asarray(kernel[number], np.float64)
             left += shrunk
-            right += shrunk @ weight
-            mean += weight
+            right += shrunk @ (weight - mean)
+        scale = np.trace(left) / width
         try:
-            out[number] = linalg.solve(left, right, assume_a="pos")
-        except (linalg.LinAlgError, linalg.LinAlgWarning):
-            scale = np.trace(left) / width
-            ridge = RIDGE * scale if scale > 0 else 1.0
-            left[diagonal, diagonal] += ridge
-            right += ridge * mean / len(stack)
-            out[number] = linalg.solve(left, right, assume_a="pos")
+            factor = np.linalg.cholesky(left)
+            fine = bool((np.square(np.diagonal(factor)) > SINGULAR * scale).all())
+        except np.linalg.LinAlgError:
+            fine = False
+        if not fine:
+            left[diagonal, diagonal] += RIDGE * scale if scale > 0 else 1.0
+            factor = np.linalg.cholesky(left)
+        out[number] = mean + linalg.cho_solve((factor, True), right)
     return out

@@ -20,12 +20,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+import jax.numpy as jnp
 import numpy as np
 
 from steppe.models import pretrained
 from steppe.train.merge import heads as heads_
 from steppe.train.merge import methods
-from steppe.train.merge.inputs import Input, Report, digest, head_of, inspect
+from steppe.train.merge.inputs import Input, Report, declared, digest, head_of, inspect
 from steppe.train.merge.job import Job, open_fishers
 from steppe.train.merge.methods import (
     Average,
@@ -123,7 +124,13 @@ def merge(
     for name in report.shared:
         tensor = report.origin(name).tensors[name]
         layout[tensor.stored] = (tensor.shape, tensor.dtype)
-    run = {"method": repr(method), "inputs": digest([*report.inputs, *fishers])}
+    _check_heads(report)
+    run = {
+        "method": repr(method),
+        "inputs": digest([*report.inputs, *fishers]),
+        "names": [one.name for one in report.models],
+        "apart": report.apart,
+    }
     output = Output(Path(out), layout, run, resume=resume, shard_bytes=shard_bytes)
     resumed = len(output.done)
     job = Job(method, report, fishers)
@@ -158,7 +165,8 @@ def _beside(folder: Path, report: Report, tokenizer: str | os.PathLike[str] | No
     if source.raw:
         raw = dict(source.raw)
         family = source.family
-        if family is not None and head_of(source) is not None:
+        headless = any(name in source.tensors for name in _apart(report))
+        if family is not None and (head_of(source) is not None or headless):
             raw["architectures"] = [family.base]
         (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", "utf-8")
     given = [Path(tokenizer)] if tokenizer is not None else [one.folder for one in report.inputs]
@@ -181,9 +189,30 @@ def _beside(folder: Path, report: Report, tokenizer: str | os.PathLike[str] | No
         heads_.write(folder, entries, {one.name: tensors})
 
 
+def _apart(report: Report) -> set[str]:
+    """Tensors that stay with their task."""
+    return {name for one in report.models for name in report.apart.get(one.name, ())}
+
+
+def _check_heads(report: Report) -> None:
+    """
+    Raises:
+      ValueError: NaN or infinity in a tensor that stays with its task (names file and tensor).
+    """
+    for one in report.models:
+        for name in report.apart.get(one.name, ()):
+            tensor = one.tensors[name]
+            moves = jnp.issubdtype(tensor.dtype, jnp.floating)
+            if moves and not np.isfinite(np.array(one.read(name))).all():
+                raise ValueError(
+                    f"{tensor.file}: tensor {tensor.stored!r} holds NaN or infinity; the training "
+                    "that made it diverged"
+                )
+
+
 def _entry(one: Input) -> dict[str, Any]:
     """What ``heads.json`` says of a model's head."""
-    found = head_of(one)
+    found = declared(one)
     if found is None:
         return {"kind": None, "labels": None}
     kind, family = found

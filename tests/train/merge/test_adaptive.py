@@ -215,6 +215,27 @@ def falling(collapse_at):
     return step
 
 
+def two_classes(rare):
+    """A fake step of a task with two classes; the rarer one gets ``rare`` of 16 answers late."""
+
+    def step(state, batch):
+        few = 8.0 if state["n"] < 30 else rare
+        counts = np.asarray([16.0 - few, few])
+        nats = np.asarray([0.1])
+        out = guard.Entropy(nats[0], nats, (counts / 16,), (counts,))
+        return {"n": state["n"] + 1}, jax.tree.map(jnp.asarray, out)
+
+    return step
+
+
+def test_a_collapse_of_two_classes_is_noticed_and_an_uneven_task_is_not():
+    with pytest.warns(UserWarning, match="collapsed by step 40"):
+        assert guarded(two_classes(0.0)).kept < 40
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert guarded(two_classes(4.0)).notes == ()
+
+
 def guarded(step, **options):
     return guard.run(
         step, {"n": jnp.int32(0)}, lambda n: None, begin=0, steps=60,

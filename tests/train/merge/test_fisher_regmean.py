@@ -189,3 +189,18 @@ def test_regmean_of_a_model_with_itself_is_itself():
     for path, leaf in tree.flatten(params).items():
         np.testing.assert_allclose(tree.get(merged, path), leaf, atol=2e-5)
     assert jnp.isfinite(model.apply(merged, batch).logits).all()
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_fewer_tokens_than_inputs_draw_to_the_average(precision):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 12, 64)).astype(np.float32)
+    w = rng.standard_normal((64, 3)).astype(np.float32)
+    grams = [{"w": rows.T @ rows / 12} for rows in x]
+    same = merge.regmean([{"w": w}] * 2, grams, 1.0, precision=precision)["w"]
+    np.testing.assert_allclose(same, w, atol=1e-5)
+    other = rng.standard_normal((64, 3)).astype(np.float32)
+    found = merge.regmean([{"w": w}, {"w": other}], grams, 1.0, precision=precision)["w"]
+    # Where no token points there is nothing to fit.
+    hidden = np.linalg.svd(np.concatenate(list(x)))[2][24:]
+    np.testing.assert_allclose(hidden @ found, hidden @ (w + other) / 2, atol=1e-2)

@@ -210,3 +210,20 @@ def test_bad_input_says_what_is_wrong():
         merge.task_arithmetic({"x": base["head"]}, taus, 0.3)
     with pytest.raises(ValueError, match="tasks on axis 0"):
         leafwise.tasks({"a": np.zeros((2, 3)), "b": np.zeros((3, 3))})
+
+
+def test_one_bfloat16_model_is_returned_to_the_last_bit():
+    from steppe.train.merge import adaptive
+
+    rng = np.random.default_rng(0)
+    base, tuned = (
+        {"w": jnp.asarray(rng.standard_normal((64, 8)), jnp.bfloat16)} for _ in range(2)
+    )  # fmt: skip
+    taus = merge.task_vectors(base, [tuned])
+    for found in (
+        merge.task_arithmetic(base, taus, 1.0),
+        merge.ties(base, taus, 1.0, 1.0),
+        adaptive.merged(base, taus, jnp.ones(1)),
+    ):
+        assert found["w"].dtype == jnp.bfloat16
+        np.testing.assert_array_equal(found["w"], tuned["w"])

@@ -344,3 +344,113 @@ def test_named_heads_stay_and_what_the_base_lacks_is_averaged(four, tmp_path):
     kept = load_file(out / "heads" / "b.safetensors")
     np.testing.assert_array_equal(kept["embed.weight"], trees[1]["embed.weight"])
     assert set(json.loads((out / "heads.json").read_text())) == {"a", "b", "c"}
+
+
+def test_float64_is_written_whole(tmp_path):
+    base = {"w": np.arange(12.0).reshape(3, 4)}
+    folders = [folder(tmp_path / f"m{i}", {"w": base["w"] + i}) for i in (1, 2)]
+    out = stream.merge(stream.Average(), folders, tmp_path / "out").out
+    found = load_file(out / "model.safetensors")["w"]
+    assert found.dtype == np.float64
+    np.testing.assert_array_equal(found, base["w"] + 1.5)
+
+
+def test_what_was_not_written_is_not_taken_for_written(tmp_path, monkeypatch):
+    from steppe.train.merge.output import Output
+
+    output = Output(tmp_path / "out", {"w": ((4,), np.float64)}, {})
+    output.write("w", 0, np.zeros(4, np.float32))
+    with pytest.raises(RuntimeError, match="must take 32 bytes, got 16"):
+        output.finish("w")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.pwrite", full)
+    with pytest.raises(OSError, match=r"model\.safetensors cannot be written .* same call goes on"):
+        output.write("w", 0, np.zeros(4))
+    output.discard()
+
+
+def test_what_was_begun_otherwise_is_not_gone_on_with(four, tmp_path):
+    at, folders, _, _ = four
+
+    def stop(done, total, name):
+        raise KeyboardInterrupt
+
+    def go(models=folders, progress=None, **options):
+        method = stream.TaskArithmetic(0.5)
+        names = options.pop("names", ["a", "b", "c"])
+        return stream.merge(
+            method, models, tmp_path / "out", base=at, names=names, progress=progress, **options
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        go(progress=stop)
+    # Copies with the same times: only their places tell them apart.
+    copies = [Path(shutil.copytree(f, tmp_path / f"copy{i}")) for i, f in enumerate(folders)]
+    for options in (
+        {"heads": ["scalar"]},
+        {"names": ["a", "b", "d"]},
+        {"shard_bytes": 1500},
+        {"models": copies},
+    ):
+        with pytest.raises(ValueError, match="start of another merge.*--anew"):
+            go(**options)
+    # The line that was being written when the power failed gives way to the next one.
+    journal = tmp_path / ".out.partial" / "journal.jsonl"
+    with journal.open("a") as file:
+        file.write('{"tensor": "sca')
+    with pytest.raises(KeyboardInterrupt):
+        go(progress=lambda done, total, name: stop(0, 0, "") if done == 3 else None)
+    assert all(json.loads(line) for line in journal.read_text().splitlines())
+    assert go().resumed == 3
+
+
+def test_numbers_that_are_not_finite_are_refused(four, tmp_path):
+    at, folders, _, trees = four
+    nan, inf = float("nan"), float("inf")
+    for method in (
+        stream.Average((nan, 1, 1)),
+        stream.Weighted((inf, 1, 1)),
+        stream.TaskArithmetic(nan),
+        stream.Ties(lam=inf),
+    ):
+        with pytest.raises(ValueError, match="must be finite"):
+            stream.merge(method, folders, tmp_path / "out", base=at)
+    for merged in (merge.average, merge.weighted):
+        with pytest.raises(ValueError, match="weights must be finite"):
+            merged(trees, [nan, 1, 1])
+    # A head too, though it is only copied.
+    trees[1]["scalar"] = np.float32(nan)
+    broken = folder(tmp_path / "broken", {n: np.asarray(x) for n, x in trees[1].items()})
+    with pytest.raises(ValueError, match=r"broken.model\.safetensors: tensor 'scalar' holds NaN"):
+        stream.merge(
+            stream.Average(), [folders[0], broken], tmp_path / "out", heads=["scalar"]
+        )  # fmt: skip
+    assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"n_head": 2}, {"n_head": 4}),
+        ({"n_heads": 2}, {"n_heads": 4}),
+        ({"num_heads": 2}, {"num_heads": 4}),
+        ({"hidden_act": "gelu"}, {"hidden_act": "relu"}),
+        ({"layer_norm_eps": 1e-12}, {"layer_norm_eps": 1e-5}),
+        ({"rope_theta": 10000.0}, {"rope_parameters": {"rope_theta": 500000.0}}),
+    ],
+)
+def test_equal_shapes_of_another_architecture_are_told_apart(tmp_path, one, other):
+    held = {"w": np.zeros((2, 2), np.float32)}
+    folders = [folder(tmp_path / str(i), held, model_type="x", **c) for i, c in
+               enumerate((one, other))]  # fmt: skip
+    (row,) = stream.inspect(None, folders).differences
+    assert row.what == f"config.json: {next(iter(one))}"
+    # A key that a file leaves out says nothing, nor does another way to write a number.
+    plain = folder(tmp_path / "plain", held, model_type="x")
+    assert stream.inspect(plain, folders[:1]).ok
+    int_ = folder(tmp_path / "int", held, model_type="x", rope_theta=10000)
+    float_ = folder(tmp_path / "float", held, model_type="x", rope_theta=10000.0)
+    assert stream.inspect(int_, [float_]).ok
