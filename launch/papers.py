@@ -71,6 +71,113 @@ PAPERS = (
         "RoAST: selective training (Kim et al., Findings of EMNLP 2023)",
         "steppe.optim.selective.selective_gradient",
     ),
+    Paper(
+        "prefix",
+        "Prefix tuning (Li and Liang, ACL 2021)",
+        "steppe.models.overlays.prefix.overlay",
+        "steppe finetune vader-movies --overlay prefix",
+    ),
+    Paper(
+        "prompt",
+        "Prompt tuning (Lester et al., EMNLP 2021)",
+        "steppe.models.overlays.prompt.overlay",
+        "steppe finetune vader-movies --overlay prompt",
+    ),
+    Paper(
+        "residual-prompt",
+        "Residual prompt tuning (Razdaibiedina et al., Findings of ACL 2023)",
+        "steppe.models.overlays.residual_prompt.overlay",
+        "steppe finetune vader-movies --overlay residual-prompt",
+    ),
+    Paper(
+        "adapters",
+        "Bottleneck adapters (Houlsby et al., ICML 2019; Pfeiffer et al., EACL 2021)",
+        "steppe.models.overlays.adapter.overlay",
+        "steppe finetune vader-movies --overlay pfeiffer",
+    ),
+    Paper(
+        "bitfit",
+        "BitFit: biases alone (Ben Zaken et al., ACL 2022)",
+        "steppe.models.overlays.bitfit.overlay",
+        "steppe finetune vader-movies --overlay bitfit",
+    ),
+    Paper(
+        "ia3",
+        "(IA)^3: learned scales (Liu et al., NeurIPS 2022)",
+        "steppe.models.overlays.ia3.overlay",
+        "steppe finetune vader-movies --overlay ia3",
+    ),
+    Paper(
+        "compacter",
+        "Compacter: Kronecker adapters (Karimi Mahabadi et al., NeurIPS 2021)",
+        "steppe.models.overlays.compacter.overlay",
+        "steppe finetune vader-movies --overlay compacter",
+    ),
+    Paper(
+        "unipelt",
+        "UniPELT: gated LoRA, prefix and adapter (Mao et al., ACL 2022)",
+        "steppe.models.overlays.unipelt.overlay",
+        "steppe finetune vader-movies --overlay unipelt",
+    ),
+    Paper(
+        "ties",
+        "TIES merging (Yadav et al., NeurIPS 2023)",
+        "steppe.train.merge.ties.ties",
+        "steppe merge ties BASE RUN RUN",
+    ),
+    Paper(
+        "dare",
+        "DARE merging (Yu et al., ICML 2024)",
+        "steppe.train.merge.dare.dare",
+        "steppe merge dare BASE RUN RUN",
+    ),
+    Paper(
+        "adamerging",
+        "AdaMerging (Yang et al., ICLR 2024)",
+        "steppe.train.merge.adaptive.adamerging",
+        "steppe merge adamerging BASE RUN RUN",
+    ),
+    Paper(
+        "concrete",
+        "Concrete subspace learning (Tang et al., 2023)",
+        "steppe.train.merge.concrete.concrete_adamerging",
+        "steppe compare merging",
+    ),
+    Paper(
+        "kd",
+        "Knowledge distillation of any divergence (Hinton et al. 2015; GKD, DistiLLM, ...)",
+        "steppe.train.distill.kd.kd",
+        "steppe distill movies-cut",
+    ),
+    Paper(
+        "atkd",
+        "ATKD: adaptive teaching (Zhong et al., ACL 2024)",
+        "steppe.train.distill.atkd.atkd",
+        "steppe distill smollm2-cut --scheme atkd --weight 1",
+    ),
+    Paper(
+        "kid",
+        "KID: imperfect data (Zhong et al., Findings of EMNLP 2024)",
+        "steppe.train.distill.kid.kid",
+        "steppe distill smollm2-cut --scheme kid",
+    ),
+    Paper(
+        "dwt",
+        "DWT: weak teachers (Lee et al., Findings of ACL 2023)",
+        "steppe.train.distill.dwt.dwt",
+        "steppe distill movies-cut --scheme dwt",
+    ),
+    Paper(
+        "ctcd",
+        "CTCD: co-training and co-distillation (Lee et al., Findings of EMNLP 2023)",
+        "steppe.train.distill.ctcd.ctcd",
+    ),
+    Paper(
+        "zsaq",
+        "ZSAQ: zero-shot sharpness-aware quantization (Zhu et al., EMNLP 2023)",
+        "steppe.train.quantize.zsaq.make_zsaq_step",
+        "steppe quantize RUN --bits w4a8 --method zsaq --out OUT",
+    ),
 )
 
 

@@ -251,6 +251,11 @@ def check_run(name: str) -> None:
             f"{name} is a comparison, which keeps no models; steppe sharpness takes the folder "
             "of steppe finetune"
         )
+    if (folder / "merge.json").is_file():
+        raise ValueError(
+            f"{name} is a merged model with several heads; steppe sharpness takes the folder of "
+            "steppe finetune"
+        )
     if not (folder / "config.json").is_file():
         raise ValueError(f"{name} is not a run folder: it holds no config.json")
     if not (folder / "model").is_dir():

@@ -12,7 +12,7 @@ import time
 import jax
 import pytest
 
-from steppe.launch import cli, config, recipes
+from steppe.launch import cli, config, papers, recipes
 from steppe.models import pretrained
 from steppe.models.encoder import EncoderConfig
 
@@ -373,7 +373,8 @@ def test_recipes_are_valid_and_round_trip():
 def test_papers(capsys):
     assert cli.main(["papers"]) == 0
     assert "lora" in capsys.readouterr().out
-    assert cli.main(["papers", "lora"]) == 0
+    for paper in papers.PAPERS:
+        assert cli.main(["papers", paper.name]) == 0
     assert "rank=8" in capsys.readouterr().out
     mistake(capsys, ["papers", "zork"], "unknown system 'zork'")
 
