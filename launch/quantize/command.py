@@ -22,7 +22,7 @@ from steppe.launch.compare import folders
 from steppe.launch.compare.journal import Lines
 from steppe.launch.progress import Line
 from steppe.launch.quantize import methods, table
-from steppe.launch.quantize.opened import Opened, open_model
+from steppe.launch.quantize.opened import Opened, noise, open_model
 from steppe.launch.quantize.settings import QuantizeConfig, folder_of
 from steppe.models import integer, packed, quantized
 from steppe.train import loop
@@ -175,15 +175,10 @@ def _speed(
 ) -> dict[str, Any]:
     """Forward passes of float, rounded and (where there is one) integer model, in turns."""
     from steppe.launch.bench import harness
-    from steppe.launch.quantize.opened import noise
 
     rows = config.batch_size
-    inputs = (
-        noise(opened, config, rows).apply({}, opened.params, jax.random.key(0))
-        if (not opened.vision)
-        else _pictures(opened, config)
-    )
-    batch, embeds = inputs
+    made_inputs, key = noise(opened, config, rows), jax.random.key(0)
+    batch, embeds = made_inputs.apply(made_inputs.init(key), opened.params, key)
     runs: dict[str, Any] = {"float": (opened.model, opened.params), "rounded": (student, params)}
     if any(c.w_bits <= 8 and c.a_bits <= 8 for c in student.chosen.values()):
         runs["integer"] = (integer.wrap(opened.model, made.rules), made.params)
@@ -206,13 +201,6 @@ def _speed(
             name: harness.ratio(values, times["float"])._asdict() for name, values in times.items()
         },
     }
-
-
-def _pictures(opened: Opened, config: QuantizeConfig) -> Any:
-    from steppe.launch.quantize.opened import noise
-
-    made = noise(opened, config, config.batch_size)
-    return made.apply(made.init(jax.random.key(0)), opened.params, jax.random.key(0))
 
 
 def _write(
