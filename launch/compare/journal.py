@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from steppe.launch.compare.settings import Cell
 
 FILE = "runs.jsonl"
+K = TypeVar("K", bound=Hashable)
 
 
 class Trial(NamedTuple):
@@ -64,6 +65,20 @@ class Lines:
         """What is said of line ``number``."""
         return ValueError(f"{self.file}, line {number} is damaged ({why})")
 
+    def by(self, key: Callable[[Mapping[str, Any]], K]) -> dict[K, dict[str, Any]]:
+        """The rows by a key that is read from them; of rows with the same one the last.
+
+        Raises:
+          ValueError: a row that the key cannot be read from (the line is named).
+        """
+        found = {}
+        for number, row in enumerate(self.read, 1):
+            try:
+                found[key(row)] = row
+            except (KeyError, TypeError, ValueError) as error:
+                raise self.damaged(number, error) from error
+        return found
+
     def append(self, row: Mapping[str, Any]) -> None:
         """Writes a row."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -82,12 +97,7 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         self._lines = Lines(folder / FILE)
         self.file = self._lines.file
-        self.rows: dict[Trial, dict[str, Any]] = {}
-        for number, row in enumerate(self._lines.read, 1):
-            try:
-                self.rows[_trial(row)] = row
-            except (ValueError, KeyError, TypeError) as error:
-                raise self._lines.damaged(number, error) from error
+        self.rows: dict[Trial, dict[str, Any]] = self._lines.by(_trial)
 
     def __contains__(self, trial: Trial) -> bool:
         return trial in self.rows

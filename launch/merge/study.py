@@ -96,13 +96,7 @@ def finished(lines: Lines) -> dict[Key, dict[str, Any]]:
     Raises:
       ValueError: a line without them.
     """
-    found = {}
-    for number, row in enumerate(lines.read, 1):
-        try:
-            found[int(row["seed"]), str(row["method"])] = row
-        except (KeyError, TypeError, ValueError) as error:
-            raise lines.damaged(number, error) from error
-    return found
+    return lines.by(lambda row: (int(row["seed"]), str(row["method"])))
 
 
 def settings_of(config: StudyConfig, address: str) -> Any:

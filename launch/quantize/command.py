@@ -81,13 +81,7 @@ def finished(lines: Lines) -> dict[Key, dict[str, Any]]:
     Raises:
       ValueError: a line without them.
     """
-    found = {}
-    for number, line in enumerate(lines.read, 1):
-        try:
-            found[str(line["bits"]), str(line["method"]), int(line["seed"])] = line
-        except (KeyError, TypeError, ValueError) as error:
-            raise lines.damaged(number, error) from error
-    return found
+    return lines.by(lambda row: (str(row["bits"]), str(row["method"]), int(row["seed"])))
 
 
 def _float(opened: Opened, tell: methods.Told) -> dict[str, Any]:
