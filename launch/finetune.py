@@ -99,7 +99,11 @@ def carry_out(
     if not (config.resume and (folder / CONFIG).is_file()):
         outputs.write_json(folder / CONFIG, config_.to_dict(settings))
     checkpoints = checkpoint.Checkpoints(
-        folder / "checkpoints", keep=config.keep, manifest=manifest
+        folder / "checkpoints",
+        keep=config.keep,
+        manifest=manifest,
+        # A checkpoint of an older version does not know the settings that came after it.
+        defaults={"config": config_.to_dict(type(settings)())},
     )
     if config.resume:
         if checkpoints.latest is None:

@@ -53,6 +53,8 @@ class Checkpoints:
       keep: how many of the newest to keep.
       manifest: JSON values that must be the same when the run is resumed (the config, the
         name of the base); written with the first checkpoint.
+      defaults: values of those of them that the directory's manifest does not know, because
+        the program that wrote it did not.
 
     Raises:
       CheckpointError: the directory's manifest differs from ``manifest``; names the first
@@ -66,12 +68,13 @@ class Checkpoints:
         *,
         keep: int = 2,
         manifest: Mapping[str, Any] | None = None,
+        defaults: Mapping[str, Any] | None = None,
     ) -> None:
         if keep < 1:
             raise ValueError(f"keep must be >= 1, got {keep}")
         self.directory = Path(directory).absolute()
         self._manifest = {"format": FORMAT, **json.loads(json.dumps(dict(manifest or {})))}
-        self._check_manifest()
+        self._check_manifest(json.loads(json.dumps(dict(defaults or {}))))
         self._keep = keep
         self._pending: tuple[int, Any] | None = None
         self._base: tuple[Any, str] = ({}, "")
@@ -238,7 +241,7 @@ class Checkpoints:
             self._base = (frozen, fingerprint(frozen) if jax.tree.leaves(frozen) else "")
         return self._base[1]
 
-    def _check_manifest(self) -> None:
+    def _check_manifest(self, defaults: Mapping[str, Any]) -> None:
         file = self.directory / MANIFEST
         if not file.is_file():
             return
@@ -246,13 +249,22 @@ class Checkpoints:
             found = json.loads(file.read_text("utf-8"))
         except ValueError as error:
             raise CheckpointError(f"{file} is damaged ({error})") from error
-        different = first_difference(found, self._manifest)
+        different = first_difference(_filled(found, defaults, self._manifest), self._manifest)
         if different is not None:
             path, old, new = different
             raise CheckpointError(
                 f"the checkpoints in {self.directory} are of another run: {path} was {old!r}, "
                 f"now it is {new!r}; resume with the old value or choose a new folder"
             )
+
+
+def _filled(found: Any, defaults: Any, now: Any) -> Any:
+    """``found`` with the values that ``now`` has and it lacks, taken from ``defaults``."""
+    if not all(isinstance(value, Mapping) for value in (found, defaults, now)):
+        return found
+    lacking = {k: defaults[k] for k in now if k not in found and k in defaults}
+    known = {k: _filled(v, defaults.get(k), now.get(k)) for k, v in found.items()}
+    return {**known, **lacking}
 
 
 def first_difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:

@@ -130,6 +130,16 @@ def test_a_checkpoint_of_another_config_is_refused_by_its_first_difference(tmp_p
         Checkpoints(tmp_path, manifest=config)
 
 
+def test_a_setting_that_came_after_a_checkpoint_had_its_default_then(tmp_path):
+    old, new = {"config": {"seed": 0}}, {"config": {"seed": 0, "data": {"limit": 5}}}
+    Checkpoints(tmp_path, manifest=old).save(small(), wait=True)
+    Checkpoints(tmp_path, manifest=new, defaults=new)
+    with pytest.raises(CheckpointError, match="config.data.limit was 7, now it is 5"):
+        Checkpoints(tmp_path, manifest=new, defaults={"config": {"data": {"limit": 7}}})
+    with pytest.raises(CheckpointError, match="config.seed was 0"):
+        Checkpoints(tmp_path, manifest={"config": {"seed": 1}}, defaults={"config": {"seed": 1}})
+
+
 def test_leaves_that_differ_are_named_with_both_shapes(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(small(), wait=True)

@@ -176,6 +176,11 @@ def _continued(
 ) -> dict[str, Any]:
     """The batch with its answers replaced by generated ones, in the same shapes."""
     ids, prompts = split_prompts(batch)
+    real = np.array([bool(prompt) for prompt in prompts])
+    if not real.any():
+        return dict(batch)
+    # The padding rows of an epoch's last batch are drawn along with another's prompt, unused.
+    prompts = [prompt or prompts[real.argmax()] for prompt in prompts]
     length = ids.shape[1]
     longest = max(map(len, prompts))
     room = length - longest
@@ -198,7 +203,7 @@ def _continued(
         new[row, :begin] = prompt
         new[row, begin : begin + count] = done.tokens[row, :count]
         there[row, : begin + count] = 1
-        answer[row, begin : begin + count] = 1
+        answer[row, begin : begin + count] = real[row]
     kept = {n: v for n, v in batch.items() if np.shape(v)[:2] != ids.shape}
     given = {"input_ids": new, "attention_mask": there, "labels": new, "label_mask": answer}
     return {**kept, **given}
@@ -207,8 +212,11 @@ def _continued(
 def split_prompts(batch: Mapping[str, Any]) -> tuple[np.ndarray, list[list[int]]]:
     """(input_ids, the real tokens of each row before its first labelled one).
 
+    A row of at most one token and no label is padding; its prompt is empty.
+
     Raises:
-      ValueError: packed rows; a row without labels; a row whose first real token is labelled.
+      ValueError: packed rows; another row without labels; a row whose first real token is
+        labelled.
     """
     if "segment_ids" in batch:
         raise ValueError(
@@ -223,6 +231,9 @@ def split_prompts(batch: Mapping[str, Any]) -> tuple[np.ndarray, list[list[int]]
     prompts = []
     for row in range(len(ids)):
         if not counts[row].any():
+            if real[row].sum() <= 1:
+                prompts.append([])
+                continue
             raise ValueError(
                 f"row {row} has no labelled token, so that nobody knows where its prompt ends"
             )

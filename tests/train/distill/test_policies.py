@@ -68,6 +68,25 @@ def test_students_answers_are_those_that_the_model_generates():
     np.testing.assert_array_equal(again["input_ids"], new["input_ids"])
 
 
+def test_the_padding_rows_of_a_last_batch_are_no_texts():
+    student, params, _ = models()
+    batch = small.batch()
+    batch["attention_mask"][-1, 1:] = 0
+    batch["label_mask"][-1] = 0
+    policy = policies.student(student, eos_id=small.EOS, settings=GREEDY)
+    new = policy(params, batch, KEY)
+    whole = policy(params, small.batch(), KEY)
+    assert new["label_mask"][:-1].any(1).all()
+    assert not new["label_mask"][-1].any()
+    np.testing.assert_array_equal(new["input_ids"][:-1], whole["input_ids"][:-1])
+    nothing = {**batch, "attention_mask": np.eye(1, small.LENGTH, dtype=np.int32)}
+    nothing["attention_mask"] = np.repeat(nothing["attention_mask"], small.ROWS, 0)
+    nothing["label_mask"] = np.zeros_like(batch["label_mask"])
+    np.testing.assert_array_equal(policy(params, nothing, KEY)["input_ids"], batch["input_ids"])
+    with pytest.raises(ValueError, match="row 0 has no labelled token"):
+        policy(params, {**batch, "label_mask": nothing["label_mask"]}, KEY)
+
+
 def test_prompts_of_different_lengths_and_paddings():
     student, params, _ = models()
     batch = small.batch()
