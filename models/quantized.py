@@ -293,6 +293,13 @@ def requant(params: Params, extra: Mapping[str, Any]) -> Params:
 # Rules ---------------------------------------------------------------------------------------
 
 
+def with_entries(student: Quantized, params: Params) -> Params:
+    """``params`` with fresh ``quant`` entries where the student has such and they lack them."""
+    if QUANT in params or QUANT not in student.abstract():
+        return params
+    return {**params, QUANT: student.init(jax.random.key(0))[QUANT]}
+
+
 def as_pairs(rules: QuantRules) -> tuple[tuple[str, QuantConfig | None], ...]:
     """Rules as pairs.
 

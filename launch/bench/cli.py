@@ -18,6 +18,8 @@ BENCHES = {
     "sharpness": ("steppe.launch.bench.sharpness", "SharpnessBench"),
     "topk": ("steppe.launch.bench.topk", "TopKBench"),
     "distill": ("steppe.launch.bench.distill", "DistillBench"),
+    "distill-step": ("steppe.launch.bench.distill_step", "DistillStepBench"),
+    "quantize": ("steppe.launch.bench.quantize", "QuantizeBench"),
     "merge": ("steppe.launch.bench.merge", "MergeBench"),
 }
 USAGE = f"usage: steppe bench {{{','.join(BENCHES)}}} [options]   (--help lists the options)"

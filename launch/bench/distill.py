@@ -200,7 +200,6 @@ def run(config: DistillBench, say: Callable[[str], None] = print) -> dict[str, A
     names = ("vocabulary", "tokens", "width", "teacher_width", "kind", "vocab_chunk")
     settings = {name: getattr(config, name) for name in (*names, "token_chunk", "seed")}
     programs = [*OURS, TORCH] if config.peer == "torch" else list(OURS)
-    times: dict[str, list[float]] = {name: [] for name in programs}
     with (
         Worker(f"{__name__}:Side", settings, threads=threads) as ours,
         Worker(f"{__name__}:TorchSide", settings, threads=threads)
@@ -212,13 +211,11 @@ def run(config: DistillBench, say: Callable[[str], None] = print) -> dict[str, A
         worst = agree({name: checked[name] for name in OURS}, config.tolerance)
         peer = agree(checked, config.peer_tolerance)
         memory = {name: ours.call("memory", name) for name in OURS}
-        for name in programs:
-            if config.protocol.warmup:
-                side[name].call("turn", name, config.protocol.warmup)
-        for _ in range(config.protocol.rounds):
-            for name in programs:
-                seconds = float(side[name].call("turn", name, config.protocol.steps))
-                times[name].append(seconds / config.protocol.steps)
+
+        def turn(name: str) -> harness.Turn:
+            return lambda steps: float(side[name].call("turn", name, steps))
+
+        times = harness.interleave({name: turn(name) for name in programs}, config.protocol)
     logits = 4 * config.tokens * config.vocabulary
     result = {
         "bench": "distill",

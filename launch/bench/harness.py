@@ -85,13 +85,21 @@ def measure(turn: Turn, protocol: Protocol = Protocol()) -> list[float]:
 
 def compare(a: Turn, b: Turn, protocol: Protocol = Protocol()) -> tuple[list[float], list[float]]:
     """Seconds a step of both sides, interleaved A B A B; one value a round."""
-    for turn in (a, b):
-        if protocol.warmup:
+    times = interleave({"a": a, "b": b}, protocol)
+    return times["a"], times["b"]
+
+
+def interleave(
+    turns: Mapping[str, Turn], protocol: Protocol = Protocol()
+) -> dict[str, list[float]]:
+    """Seconds a step of any number of sides, A B C A B C; one value a round."""
+    if protocol.warmup:
+        for turn in turns.values():
             turn(protocol.warmup)
-    times: tuple[list[float], list[float]] = ([], [])
+    times: dict[str, list[float]] = {name: [] for name in turns}
     for _ in range(protocol.rounds):
-        for turn, found in zip((a, b), times):
-            found.append(turn(protocol.steps) / protocol.steps)
+        for name, turn in turns.items():
+            times[name].append(turn(protocol.steps) / protocol.steps)
     return times
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
-import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from steppe.launch.bench import harness
 from steppe.models.model import Model
 from steppe.models.tree import Params
 from steppe.train import evaluate
@@ -150,26 +149,18 @@ def speed(
 
         return jax.jit(fn)
 
-    sides = {
-        "student": (compiled(student[0]), student[1]),
-        "teacher": (compiled(teacher[0]), teacher[1]),
-    }
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(rounds + 1):
-        # The first round compiles; who begins changes, so that neither always finds warm caches.
-        for name in sorted(sides, reverse=bool(number % 2)):
-            fn, params = sides[name]
-            begin = time.perf_counter()
-            jax.block_until_ready(fn(params, inputs))
-            if number:
-                times[name].append(time.perf_counter() - begin)
-    ratios = [t / s for t, s in zip(times["teacher"], times["student"], strict=True)]
+    def turn(model: Model, params: Params) -> harness.Turn:
+        fn = compiled(model)
+        return harness.timed(lambda: fn(params, inputs), jax.block_until_ready)
+
+    taught, own = harness.compare(turn(*teacher), turn(*student), harness.Protocol(1, rounds, 1))
+    found = harness.ratio(taught, own)
     return {
-        "ratio": statistics.median(ratios),
-        "low": min(ratios),
-        "high": max(ratios),
-        "teacher_s": statistics.median(times["teacher"]),
-        "student_s": statistics.median(times["student"]),
+        "ratio": found.median,
+        "low": found.low,
+        "high": found.high,
+        "teacher_s": harness.spread(taught).median,
+        "student_s": harness.spread(own).median,
         "shape": [keep, length],
         "rounds": rounds,
     }

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+
 from steppe.launch import config as config_
 from steppe.launch import machine, outputs
 from steppe.launch.merge import geometry, inputs, material, methods, table
@@ -19,6 +21,8 @@ from steppe.launch.merge.inputs import Part
 from steppe.launch.merge.material import Task
 from steppe.launch.merge.settings import ADAPTED, LAM, STREAMED, SWEPT, MergeConfig
 from steppe.launch.progress import Line
+from steppe.models import tree
+from steppe.models.tree import Params
 from steppe.train.merge import heads, stream
 from steppe.train.merge.inputs import Report, word_heads
 
@@ -235,7 +239,8 @@ def _in_memory(
     found = methods.with_data(config, trees, tasks, nets, shown.tell)
     timings["merge_s"] = time.perf_counter() - mark
     out = Path(config.out).expanduser()
-    merged = trees.multihead(found.trunk)
+    # As a streamed merge does: in the format of the base, which is also what is scored.
+    merged = trees.multihead(_stored(found.trunk, report))
     shown.tell("saving", 0, 1)
     heads.save(out, merged, tokenizer_dir=_tokenizer(base, models))
     if found.mask is not None:
@@ -279,7 +284,16 @@ def _in_memory(
         by = "default" if config.lam is None else "given"
         result["sweep"] = {**values, "used": lam, "by": by}
     timings["sweep_s"] = time.perf_counter() - mark
+    merged = trees.multihead(tree.cast(merged.trunk, jnp.float32))
     result["table"] = _table(config, tasks, trees, merged, nets, reference["test"])
+
+
+def _stored(trunk: Params, report: Report) -> Params:
+    """A trunk in the dtype of the base's tensors, where they are all of one narrow dtype."""
+    held = {report.origin(name).tensors[name].dtype for name in report.shared}
+    dtypes = {dtype for dtype in held if jnp.issubdtype(dtype, jnp.floating)}
+    narrow = len(dtypes) == 1 and next(iter(dtypes)).itemsize < 4
+    return tree.cast(trunk, next(iter(dtypes))) if narrow else trunk
 
 
 def _table(

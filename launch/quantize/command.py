@@ -179,15 +179,10 @@ def _speed(
     programs = {}
     for name, (model, own) in runs.items():
         fn = jax.jit(lambda p, b, e, model=model: model.apply(p, b, embeds=e).logits)
-        programs[name] = lambda fn=fn, own=own: fn(own, dict(batch), embeds)
-    times: dict[str, list[float]] = {name: [] for name in programs}
-    for program in programs.values():
-        jax.block_until_ready(program())
-    for _ in range(config.speed):
-        for name, program in programs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(program())
-            times[name].append(time.perf_counter() - start)
+        programs[name] = harness.timed(
+            lambda fn=fn, own=own: fn(own, dict(batch), embeds), jax.block_until_ready
+        )
+    times = harness.interleave(programs, harness.Protocol(1, config.speed, 1))
     return {
         "rows": rows,
         "seconds": {name: harness.spread(values)._asdict() for name, values in times.items()},

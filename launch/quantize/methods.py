@@ -116,7 +116,7 @@ def _game(
         freeze_generator=random,
     )
     terms = Terms(config.divergence, config.inter_layer, config.act_bonus)
-    start = params if quantized.QUANT in params else _with_entries(student, params)
+    start = quantized.with_entries(student, params)
     state = zsaq.init(jax.random.key(seed), student, teacher, made, opt, params=start)
     step = zsaq.make_zsaq_step(student, opened.model, made, opt, terms=terms)
     said = _Said(tell, f"{method}, game", config.steps)
@@ -132,14 +132,6 @@ def _game(
         writers=[metrics.JsonLines(file), said],
     )
     return zsaq.result(state), _samples(opened, made, state, seed)
-
-
-def _with_entries(student: Any, params: Params) -> Params:
-    """``params`` with the entries that the student's rules ask for, where they ask for any."""
-    if quantized.QUANT not in student.abstract():
-        return params
-    fresh = student.init(jax.random.key(0))[quantized.QUANT]
-    return {**params, quantized.QUANT: fresh}
 
 
 def _samples(opened: Opened, made: Any, state: Any, seed: int) -> Any:

@@ -5,13 +5,14 @@ import json
 import random
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from steppe.launch import cli, config, outputs
 from steppe.launch.merge import geometry, methods
 from steppe.launch.report import merging
-from steppe.models import pretrained, tree
+from steppe.models import pretrained, tree, weights
 from steppe.models.encoder import EncoderConfig
 from steppe.models.heads import HeadConfig
 from steppe.train.merge import heads, stream
@@ -169,6 +170,23 @@ def test_fisher_and_regmean_take_data(world, tmp_path):
         assert "sweep" not in found
 
 
+def test_what_is_merged_in_memory_has_the_dtype_of_its_base(world, tmp_path):
+    _root, base, runs, *_ = world
+    low = tmp_path / "low"
+    for folder in (base, *(run / "model" for run in runs)):
+        held = pretrained.load(folder, head=None) if folder == base else pretrained.load(folder)
+        target = low / (folder.name if folder == base else f"{folder.parent.name}/model")
+        export(target, held.model, tree.cast(held.params, jnp.bfloat16), held.labels)
+        if folder != base:
+            (target.parent / "config.json").write_text((folder.parent / "config.json").read_text())
+    out = tmp_path / "merged"
+    low_world = (low, low / "base", [low / "one", low / "two"], None)
+    found = merge("fisher", low_world, out, "--no-maps")
+    assert found["table"][2]["normalised_mean"] > 0.5
+    store = weights.Safetensors([out / "model.safetensors"])
+    assert {str(store.read(name).dtype) for name in store.shapes()} == {"bfloat16"}
+
+
 def test_concrete_saves_the_mask_that_made_the_model(world, tmp_path):
     from safetensors.numpy import load_file
 
@@ -309,12 +327,12 @@ def test_mistakes_end_in_one_line(world, tmp_path, capsys, monkeypatch):
     assert "does not exist" in said(capsys, "ties", base, root / "nowhere", *to)
     assert "weighted takes --weights" in said(capsys, "weighted", base, *runs, *to)
     assert "slerp is between two" in said(capsys, "slerp", base, runs[0], *to)
-    for method, weights, words in (
+    for method, numbers, words in (
         ("weighted", ("inf", "1"), "weights must be finite"),
         ("average", ("nan", "1"), "weights must be finite"),
         ("average", ("0", "0"), "weights must not sum to 0"),
     ):
-        assert words in said(capsys, method, base, *runs, *to, "--weights", *weights)
+        assert words in said(capsys, method, base, *runs, *to, "--weights", *numbers)
     assert "must be able to name a file" in said(
         capsys, "ties", base, *runs, *to, "--names", "a/b", "c"
     )
