@@ -8,14 +8,26 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import optax
 
+from steppe.data import batches as batches_
+from steppe.launch import setup
 from steppe.launch.quantize import opened as opened_
 from steppe.launch.quantize.opened import Opened
-from steppe.launch.quantize.settings import GAMES, GRAMS, MAGNITUDES, QuantizeConfig
+from steppe.launch.quantize.settings import (
+    FROM_DATA,
+    GAMES,
+    GRAMS,
+    LEARNS,
+    MAGNITUDES,
+    QuantizeConfig,
+)
 from steppe.models import quantized
 from steppe.models.tree import Params
-from steppe.train import loop, metrics
+from steppe.train import distill, loop, metrics, step
 from steppe.train.distill.pairs import Teacher
+from steppe.train.objectives import basic
 from steppe.train.quantize import baselines, calibrate, gptq, zsaq
 from steppe.train.quantize.game import Terms
 
@@ -81,6 +93,9 @@ def quantize(
     if method in GAMES:
         params, samples = _game(opened, config, rules, params, method, seed, folder, tell)
         return Made(quantized.quantize(params, rules), rules, samples)
+    if method in FROM_DATA:
+        params = _learned(opened, config, rules, params, method, seed, folder, tell)
+        return Made(quantized.quantize(params, rules), rules, None)
     tell(f"{bits} {method}: rounding", 0, 1)
     if method == "gptq":
         assert grams is not None
@@ -118,25 +133,75 @@ def _game(
     terms = Terms(config.divergence, config.inter_layer, config.act_bonus)
     start = quantized.with_entries(student, params)
     state = zsaq.init(jax.random.key(seed), student, teacher, made, opt, params=start)
-    step = zsaq.make_zsaq_step(student, opened.model, made, opt, terms=terms)
+    train = zsaq.make_zsaq_step(student, opened.model, made, opt, terms=terms)
     said = _Said(tell, f"{method}, game", config.steps)
+    state = _run(train, state, zsaq.Noise(), config.steps, folder, said)
+    return zsaq.result(state), _samples(opened, made, state, seed)
+
+
+def _learned(
+    opened: Opened,
+    config: QuantizeConfig,
+    rules: quantized.QuantRules,
+    params: Params,
+    method: str,
+    seed: int,
+    folder: Path,
+    tell: Told,
+) -> Params:
+    """The student's float parameters after as many steps as a game has, on the training split.
+
+    Raises:
+      ValueError: no data is known.
+    """
+    task = opened.task
+    if task is None:
+        raise ValueError(
+            f"method {method!r} learns from the training split, and no data is named: give "
+            "--data.source, or a run folder"
+        )
+    student = quantized.wrap(opened.model, rules)
+    joint = distill.with_teacher(student, Teacher(opened.model, opened.params))
+    given = quantized.with_entries(student, params)
+    tx = optax.adam(config.student_lr)
+    state = step.init(
+        jax.random.key(seed),
+        joint,
+        tx,
+        params=jax.tree.map(jnp.copy, {"student": given, "teacher": opened.params}),
+        trainable=[rf"student/(?!{quantized.QUANT}/).*"],
+    )
+    kind = task.kind
+    objective = (
+        basic.for_task(joint, kind)
+        if method == "qat"
+        else distill.kd(student, Teacher(opened.model))
+    )
+    fed = batches_.train(
+        task.splits["train"], config.batch_size, seed=seed, buckets=setup.buckets(task.data)
+    )
+    steps = config.steps * config.k_min
+    state = _run(step.make(objective, tx), state, fed, steps, folder, _Said(tell, method, steps))
+    found: Params = state.full(average=False)["student"]
+    return found
+
+
+def _run(train: Any, state: Any, fed: Any, steps: int, folder: Path, said: Any) -> Any:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "metrics.jsonl"
     file.unlink(missing_ok=True)
-    state = loop.run(
-        step,
+    return loop.run(
+        train,
         state,
-        zsaq.Noise(),
-        steps=config.steps,
-        log_every=max(1, min(LOG_EVERY, config.steps // 10)),
+        fed,
+        steps=steps,
+        log_every=max(1, min(LOG_EVERY, steps // 10)),
         writers=[metrics.JsonLines(file), said],
     )
-    return zsaq.result(state), _samples(opened, made, state, seed)
 
 
 def _samples(opened: Opened, made: Any, state: Any, seed: int) -> Any:
     """The nearest words of what a generator of texts makes, [4, length] ids; else None."""
-    import jax.numpy as jnp
 
     if opened.vision:
         return None
@@ -175,9 +240,10 @@ def describe(config: QuantizeConfig, method: str) -> dict[str, Any]:
     names = ["activations", "embed", "head"]
     if method in (*GRAMS, *MAGNITUDES) or config.activations == "static":
         names += ["calibration", "examples"]
+    if method in LEARNS:
+        names += ["k_min", "steps", "student_lr", "batch_size"]
     if method in GAMES:
-        names += ["k_min", "steps", "student_lr", "generator_lr", "divergence", "inter_layer"]
-        names += ["act_bonus", "adapter", "length", "batch_size"]
+        names += ["generator_lr", "divergence", "inter_layer", "act_bonus", "adapter", "length"]
     if method == "zsaq":
         names.append("rho")
     known = dataclasses.asdict(config)

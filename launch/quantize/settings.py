@@ -9,11 +9,14 @@ from typing import Literal
 from steppe.launch.config import DataConfig
 from steppe.models import quantized
 
-Method = Literal["rtn", "mse", "gptq", "smooth", "awq", "zsaq", "sgd-sga", "random"]
+Method = Literal["rtn", "mse", "gptq", "smooth", "awq", "zsaq", "sgd-sga", "random", "data", "qat"]
 METHODS: tuple[str, ...] = Method.__args__  # type: ignore[attr-defined]
 # What they need beside the parameters.
 GRAMS, MAGNITUDES = ("gptq", "awq"), ("smooth",)
 GAMES = ("zsaq", "sgd-sga", "random")
+# What learns from the training split: the teacher's answers, or the labels.
+FROM_DATA = ("data", "qat")
+LEARNS = (*GAMES, *FROM_DATA)
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,8 @@ class QuantizeConfig:
         share a step).
       method: rtn, to nearest; mse, to nearest with the step of least squared error; gptq, second
         order; smooth, SmoothQuant; awq; zsaq, zero-shot sharpness-aware; sgd-sga, the same
-        without sharpness; random, the same on random tokens.
+        without sharpness; random, the same on random tokens. Two that need the training split,
+        as ceilings of those: data, the same on its inputs; qat, fine-tuning on its labels.
       data: what the model is scored on, and calibrated with; of a run its own. Without any there
         are no scores.
       calibration: inputs of gptq, smooth, awq and static ranges: ``data``, of the training split,
@@ -40,15 +44,15 @@ class QuantizeConfig:
       embed, head: also round embeddings, and what stands behind the layers.
       rho: zsaq: radius of the perturbation.
       k_min: games: steps of the student for one of the generator.
-      steps: games: iterations.
-      student_lr, generator_lr: games: of Adam.
+      steps: games: iterations; data and qat take steps * k_min steps of the student.
+      student_lr, generator_lr: of Adam, for what learns.
       divergence: games: kl, l1 or mse, of the logits.
       inter_layer, act_bonus: games: weight of the distance of hidden states, of the bonus for
         large activations.
       adapter: games: what maps the generator to embeddings: soft_embed, gumbel or linear.
       length: games, noise: tokens of a made text.
       batch_size: games, calibration: rows at once.
-      seeds: games: of generator and noise.
+      seeds: of generator, noise and the order of the data, for what learns.
       eval_limit: test examples; 0 = as the run.
       speed: forward passes of float, rounded and integer model that are timed in turns; 0 = none.
       resume: go on with what ``out`` holds; bits, methods and seeds may be added.
@@ -109,10 +113,10 @@ class QuantizeConfig:
             (bits, method, seed)
             for bits in self.bits
             for method in self.method
-            for seed in (self.seeds if method in GAMES else self.seeds[:1])
+            for seed in (self.seeds if method in LEARNS else self.seeds[:1])
         )
 
 
 def folder_of(bits: str, method: str, seed: int, several: bool) -> str:
     """The name of a row's folder."""
-    return f"{bits}-{method}" + (f"-seed{seed}" if several and method in GAMES else "")
+    return f"{bits}-{method}" + (f"-seed{seed}" if several and method in LEARNS else "")

@@ -12,6 +12,7 @@ from string import Template
 from typing import Any
 
 from steppe.launch.quantize import table
+from steppe.launch.quantize.settings import GAMES
 from steppe.launch.report import comparison
 from steppe.launch.report.folder import mapping, number, sequence
 from steppe.launch.report.svg import BOTTOM, RIGHT, TOP, WIDTH, Canvas, escape, fit, short
@@ -160,7 +161,7 @@ def _place(kernel: str) -> tuple[int, str]:
 
 
 def games(found: Mapping[str, Any], out: Path) -> list[tuple[str, str | None]]:
-    """(title, curves of f and of the divergence on held-out noise) of every game."""
+    """(title, curves of the loss and of the divergence on held-out noise) of what learns."""
     drawn: list[tuple[str, str | None]] = []
     for row in found["rows"]:
         file = out / f"{row['folder']}-game" / "metrics.jsonl"
@@ -179,16 +180,21 @@ def games(found: Mapping[str, Any], out: Path) -> list[tuple[str, str | None]]:
                 looks.append(number(values.get("step")))
                 held.append(number(values["held_out"]))
         if len(steps) > 1:
-            title = f"{row['bits']} {row['method']}, seed {row['seed']}: f over the game"
-            drawn.append((title, _curves(steps, losses, looks, held)))
+            what = "f over the game" if row["method"] in GAMES else "training loss"
+            title = f"{row['bits']} {row['method']}, seed {row['seed']}: {what}"
+            drawn.append((title, _curves(steps, losses, looks, held, what)))
     return drawn
 
 
 def _curves(
-    steps: Sequence[float], losses: Sequence[float], looks: Sequence[float], held: Sequence[float]
+    steps: Sequence[float],
+    losses: Sequence[float],
+    looks: Sequence[float],
+    held: Sequence[float],
+    what: str,
 ) -> str:
     height = 200.0
-    canvas = Canvas(height, "f over the game")
+    canvas = Canvas(height, what)
     x = fit([0.0, *steps], 52.0, WIDTH - RIGHT, zero=True)
     y = fit([*losses, *held], height - BOTTOM, TOP)
     for tick in y.ticks(4):

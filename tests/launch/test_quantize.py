@@ -133,6 +133,28 @@ def test_gptq_uses_the_data_and_zsaq_none(done):
     assert "calibration" not in record["notes"]
 
 
+def test_ceilings_learn_from_the_training_split(world, tmp_path, capsys):
+    _, run, model, params, _ = world
+    config = QuantizeConfig(
+        str(run), str(tmp_path / "out"), ("w2a8",), ("rtn", "data", "qat"), steps=10, k_min=3,
+        student_lr=3e-2, batch_size=16, seeds=(5,), speed=0,
+    )  # fmt: skip
+    found = command.run(config)
+    rows = {row["method"]: row for row in found["rows"]}
+    # One learns the float model's answers, the other the labels, which that does not know.
+    assert rows["data"]["agreement"] >= rows["rtn"]["agreement"]
+    assert rows["qat"]["metrics"]["loss"] < rows["rtn"]["metrics"]["loss"]
+    record = json.loads((tmp_path / "out" / "w2a8-qat" / "quantized.json").read_text())
+    assert record["notes"]["student_lr"] == 3e-2
+    assert "generator_lr" not in record["notes"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "qat, seed 5: training loss" in page
+    folder = export(tmp_path / "bare", model, params)
+    words = ["quantize", str(folder), "--out", str(tmp_path / "b"), "--method", "qat"]
+    assert cli.main(words) == 2
+    assert "learns from the training split, and no data is named" in capsys.readouterr().err
+
+
 def test_page_table_and_evaluation(done, world, capsys):
     _, _, found, out = done
     _, _, _, _, data = world
