@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from steppe.models import decoding
-from steppe.train import distill
+from steppe.train import distill, mesh
 from steppe.train.distill import policies, replay
 
 small = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "small.py")))
@@ -66,6 +66,26 @@ def test_students_answers_are_those_that_the_model_generates():
     np.testing.assert_array_equal(new["example_index"], batch["example_index"])
     again = policy({"student": params, "teacher": {}}, batch, KEY)
     np.testing.assert_array_equal(again["input_ids"], new["input_ids"])
+
+
+def test_a_sharded_student_writes_the_same_and_nothing_is_compiled_again(devices, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        policies, "make", lambda model: made.append(decoding.make(model)) or made[0]
+    )
+    student, params, _ = models()
+    plan = mesh.plan({"data": 2, "model": 2}, student.axes, devices=devices[:4])
+    policy = policies.student(student, eos_id=small.EOS, settings=GREEDY)
+    plain = policy(params, small.batch(), KEY)
+    placed = plan.place(params)
+    assert not placed["layers"]["ffn"]["out"]["kernel"].sharding.is_fully_replicated
+    new = policy(placed, small.batch(), KEY)
+    np.testing.assert_array_equal(new["input_ids"], plain["input_ids"])
+    other = jax.tree.map(lambda x: x * 1.5, placed)  # as after a step of training
+    before = made[0].compiles
+    again = policy(other, small.batch(seed=3), KEY)
+    assert again["label_mask"].any(1).all()
+    assert made[0].compiles == before
 
 
 def test_the_padding_rows_of_a_last_batch_are_no_texts():
