@@ -1,16 +1,22 @@
-"""Students cut out of a teacher: fewer layers, heads and feed-forward units, same hidden width.
+"""Students cut out of a teacher: fewer layers, heads, feed-forward units and channels.
 
   layers   of a stack 0..L-1: the first, the last, evenly spaced ones with both ends
            (round(i (L - 1) / (n - 1))), or a list
   heads    h of H in every layer: the columns of q, k, v and the rows of o that are theirs
   units    f of F in every layer: the columns of in (and gate) and the rows of out
+  width    d of D channels of the hidden states, the same everywhere: entries of the embeddings,
+           norms and biases, rows or columns of all kernels that meet them; heads keep their size
 
-A cut network computes what the whole one computes with the rest masked out (``model.Masks``):
-what is left is exact, only the parameters are fewer. Embeddings, norms and heads on top are the
-teacher's. By default the largest stay, by a magnitude that scaling one matrix of a pair up and
-the other one down leaves alone:
+But for the width, a cut network computes what the whole one computes with the rest masked out
+(``model.Masks``): what is left is exact, only the parameters are fewer. Without some of the
+channels the norms see other means, so that a narrower network is a start, no more. By default
+the largest stay; for heads and units by a magnitude that scaling one matrix of a pair up and the
+other one down leaves alone:
 
   head i   |W_v,i|_F |W_o,i|_F            unit u   |W_in,u| |W_out,u| (|W_gate,u| where gated)
+  channel c   |E_c| / |E| + mean over layers of |W_o,c| / |W_o| + |W_out,c| / |W_out|
+
+where E is the table of words, whose columns, like those of W_o and W_out, write to channels.
 
 Sanh et al. 2019 (arXiv 1910.01108) for every other layer as a start; Michel et al. 2019
 (1905.10650) for heads by scores of any kind; Sajjad et al. 2023 (2004.03844) for which layers.
@@ -193,6 +199,51 @@ def unit_scores(model: Model, params: Params) -> Float[Array, "L F"]:
     return score
 
 
+def keep_channels(model: Model, params: Params, channels: Any) -> Student:
+    """The student whose hidden states have these channels; see the module.
+
+    Args:
+      channels: numbers [d], ascending.
+
+    Raises:
+      ValueError: channels that are none, or a network that is neither an encoder nor a decoder.
+    """
+    config = _config(model)
+    chosen = np.asarray(channels)
+    if chosen.ndim != 1:
+        raise ValueError(f"channels must be numbers [d], the same everywhere, got {channels!r}")
+    chosen = _chosen(chosen, 1, config.width, "channels")[0]
+    narrow = dataclasses.replace(config, width=len(chosen), head_dim=config.dim)
+    wanted = tree.flatten(narrow.build().abstract())
+
+    def cut(path: str, leaf: jax.Array) -> jax.Array:
+        # Where a size is the width, and only there, the narrower network has another one.
+        for axis, (size, kept) in enumerate(zip(leaf.shape, wanted[path].shape, strict=True)):
+            if size != kept:
+                leaf = jnp.take(leaf, chosen, axis=axis)
+        return leaf
+
+    made = jax.jit(lambda own: tree.map_with_path(cut, own))(params)
+    return _made(narrow, made, params)
+
+
+def channel_scores(model: Model, params: Params) -> Float[Array, "D"]:
+    """How much is written to every channel, float32: the formula of the module.
+
+    Raises:
+      ValueError: a network that is neither an encoder nor a decoder.
+    """
+    _config(model)
+
+    def share(kernel: jax.Array) -> jax.Array:
+        size = jnp.linalg.norm(kernel.astype(jnp.float32), axis=-2)
+        return size / jnp.linalg.norm(size, axis=-1, keepdims=True)
+
+    layers = params["layers"]
+    written = (layers["attn"]["o"]["kernel"], layers["ffn"]["out"]["kernel"])
+    return share(params["embed"]["word"]["table"]) + sum(share(w).mean(0) for w in written)
+
+
 def best(
     scores: Any, count: int, *, groups: int = 1, kept_groups: int = 1
 ) -> Int[np.ndarray, "..."]:
@@ -239,10 +290,12 @@ def student(
     heads: int | None = None,
     kv_heads: int | None = None,
     ffn_width: int | None = None,
+    width: int | None = None,
     head_importance: Any = None,
     unit_importance: Any = None,
+    channel_importance: Any = None,
 ) -> Student:
-    """A student of the given size, all three cuts in one call.
+    """A student of the given size, all cuts in one call.
 
     Args:
       model, params: the teacher; its parameters are not changed.
@@ -252,8 +305,9 @@ def student(
       kv_heads: heads of keys and values; default all of them, or as many as ``heads`` where
         every head has its own.
       ffn_width: feed-forward units a layer; None = all.
-      head_importance, unit_importance: scores [L, H] and [L, F] of the teacher, such as the
-        expected change of the loss; default the magnitudes above.
+      width: channels of the hidden states; None = all.
+      head_importance, unit_importance, channel_importance: scores [L, H], [L, F] and [D] of the
+        teacher, such as the expected change of the loss; default the magnitudes above.
 
     Raises:
       ValueError: sizes that the teacher does not have, or scores of another shape.
@@ -264,10 +318,12 @@ def student(
         ("heads", heads, config.heads),
         ("kv_heads", kv_heads, groups),
         ("ffn_width", ffn_width, config.ffn_width),
+        ("width", width, config.width),
     ):
         if size is not None and not 1 <= size <= total:
             raise ValueError(f"{name} must lie in 1..{total}, the teacher's, got {size}")
     made = Student(model, params)
+    layered = (config.layers,)
     if heads is not None:
         if kv_heads is None:
             kv_heads = heads if groups == config.heads else groups
@@ -276,15 +332,23 @@ def student(
                 f"heads={heads} do not share kv_heads={kv_heads} equally, or share one among more "
                 f"than the teacher's {config.heads // groups}; change one of them"
             )
-        scores = _scores(head_importance, head_scores, made, config.heads, "head_importance")
+        scores = _scores(
+            head_importance, head_scores, made, (*layered, config.heads), "head_importance"
+        )
         if isinstance(config, EncoderConfig) and config.relative_buckets:
             scores = np.broadcast_to(scores.sum(0), scores.shape)
         made = keep_heads(*made, best(scores, heads, groups=groups, kept_groups=kv_heads))
     elif kv_heads is not None:
         raise ValueError(f"kv_heads={kv_heads} needs heads; give the heads that are to stay too")
     if ffn_width is not None:
-        scores = _scores(unit_importance, unit_scores, made, config.ffn_width, "unit_importance")
+        scores = _scores(
+            unit_importance, unit_scores, made, (*layered, config.ffn_width), "unit_importance"
+        )
         made = keep_units(*made, best(scores, ffn_width))
+    if width is not None:
+        size = (config.width,)
+        scores = _scores(channel_importance, channel_scores, made, size, "channel_importance")
+        made = keep_channels(*made, best(scores, width))
     if layers is not None:
         if isinstance(layers, int):
             layers = choose_layers(config.layers, layers, how)
@@ -292,9 +356,10 @@ def student(
     return made
 
 
-def _scores(given: Any, default: Any, made: Student, size: int, name: str) -> np.ndarray:
+def _scores(
+    given: Any, default: Any, made: Student, shape: tuple[int, ...], name: str
+) -> np.ndarray:
     scores = np.asarray(default(*made) if given is None else given, np.float64)
-    shape = (made.model.config.layers, size)
     if scores.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, one score each, got {scores.shape}")
     return scores

@@ -16,6 +16,7 @@ from steppe.launch.config import DataConfig
 from steppe.launch.distill import schemes
 from steppe.launch.distill.settings import TEACHER, DistillConfig
 from steppe.models import pretrained, shrink
+from steppe.models.families import faithful
 from steppe.train import distill
 
 
@@ -76,6 +77,7 @@ def find(config: DistillConfig) -> Both:
         ("layers", student.bare.layers),
         ("heads", student.bare.heads),
         ("ffn_width", student.bare.ffn_width),
+        ("width", student.bare.width),
     ):
         if cut.sizes.get(name, 1) > most:
             raise ValueError(
@@ -228,6 +230,13 @@ def load_student(
     if not sizes:
         return loaded
     made = shrink.student(loaded.model, loaded.params, **sizes)
+    try:
+        faithful.check_model(made.model)
+    except ValueError as error:
+        raise ValueError(
+            f"a student of {config.cut.name} could not be saved after its training: {error}; "
+            "choose a width and heads whose ratio is that of the model"
+        ) from error
     return dataclasses.replace(loaded, model=made.model, params=made.params)
 
 

@@ -63,7 +63,7 @@ SHARED = (
     "dry_run",
 )
 # What a student is cut to.
-CUTS = ("layers", "heads", "kv_heads", "ffn_width")
+CUTS = ("layers", "heads", "kv_heads", "ffn_width", "width")
 TEACHER = "teacher"
 
 
@@ -94,7 +94,8 @@ class DistillConfig:
         one with a fitted head, such as a run of ``steppe finetune``.
       student: the same, or ``teacher``: cut from the teacher. Sizes may stand behind it:
         ``teacher:layers=3,how=first``.
-      layers, heads, kv_heads, ffn_width: what the student keeps of its model; None = all.
+      layers, heads, kv_heads, ffn_width, width: what the student keeps of its model; None = all.
+        A width is of the hidden states; heads keep their size.
       how: which layers.
       out: run folder; empty = runs/ and a name made of data, student and scheme.
       data, optim, lora: as in ``steppe finetune``; lora is the student's.
@@ -135,6 +136,7 @@ class DistillConfig:
     heads: int | None = None
     kv_heads: int | None = None
     ffn_width: int | None = None
+    width: int | None = None
     how: Literal["even", "first", "last"] = "even"
     out: str = ""
     data: DataConfig = field(default_factory=DataConfig)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from steppe.models import tree
 from steppe.models.families.names import Family
 
 # Fields that say how a model is trained or run, and not what it computes.
@@ -53,3 +54,20 @@ def check(family: Family, config: Any, raw: Mapping[str, Any], tensors: Collecti
                 f"files of the family {family.name!r} cannot hold {name}={value!r}: they would be "
                 f"read back as {theirs[name]!r}; save under a family that has that setting"
             )
+
+
+def check_model(model: Any) -> None:
+    """Refuses a model whose parameters could not be saved, before they are trained.
+
+    Raises:
+      ValueError: as :func:`check`.
+    """
+    from steppe.models import families
+
+    family = families.family(model.config.family)
+    abstract = tree.flatten(model.abstract())
+    found = (n.tensors(abstract[n.path].shape) for n in family.names(model.config))
+    prefix = f"{family.prefix}." if family.prefix else ""
+    tensors = [name.removeprefix(prefix) for group in found for name in group]
+    raw = {"model_type": family.name, **family.write(model.config)}
+    check(family, model.config, raw, tensors)

@@ -303,6 +303,8 @@ def test_what_does_not_go_together(capsys, reviews, taught, tmp_path):
         (["--layers=2", "--student=teacher:layers=1"], "layers is given in student="),
         (["--student=teacher:layers=9"], "layers=9 is more than the 2 of"),
         (["--student=teacher:heads=9"], "heads=9 is more than the 2 of"),
+        (["--student=teacher:width=99"], "width=99 is more than the 16 of"),
+        (["--student=teacher:width=4"], "could not be saved after its training: files of"),
         (["--teacher="], "no teacher is named"),
         (["--student="], "no student is named"),
         (["--layer-map", "1"], "layer_map must hold pairs"),

@@ -187,6 +187,56 @@ def test_a_student_of_a_size(teacher, batch):
         same([np.asarray(logits)], [out(made.model, made.params, prompt)[0][:, -1]])
 
 
+def doubled(params, wide):
+    """Parameters of twice the width that compute the same: every channel is written twice and
+    read once."""
+    flat = tree.flatten(params)
+
+    def grow(path, leaf):
+        small = flat[path]
+        for axis, (size, wanted) in enumerate(zip(small.shape, leaf.shape)):
+            if size != wanted:
+                read = path.endswith("kernel") and axis == small.ndim - 2
+                again = jnp.zeros_like(small) if read else small
+                small = jnp.concatenate([small, again], axis)
+        return small
+
+    return tree.map_with_path(grow, wide)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_channels(name, batch):
+    config = dataclasses.replace(CONFIGS[name], head_dim=4)
+    model = config.build()
+    params = random(model)
+    wide = dataclasses.replace(config, width=48).build()
+    teacher = doubled(params, wide.abstract())
+    want = model.apply(params, batch).logits
+    np.testing.assert_allclose(wide.apply(teacher, batch).logits, want, atol=1e-5)
+    made = shrink.keep_channels(wide, teacher, np.arange(24))
+    assert made.model.config == config
+    np.testing.assert_allclose(made.model.apply(made.params, batch).logits, want, atol=1e-5)
+    # Every channel counts as much as its copy, and of equal ones the first stay.
+    scores = shrink.channel_scores(wide, teacher)
+    np.testing.assert_allclose(scores[:24], scores[24:], rtol=1e-6)
+    loud = tree.flatten(params)
+    loud = tree.replace(params, {
+        path: loud[path].at[..., 5].mul(10.0)
+        for path in ("embed/word/table", "layers/attn/o/kernel", "layers/ffn/out/kernel")
+    })  # fmt: skip
+    cut = shrink.student(model, loud, width=1)
+    np.testing.assert_array_equal(
+        cut.params["embed"]["word"]["table"][:, 0], loud["embed"]["word"]["table"][:, 5]
+    )
+
+
+def test_a_narrow_student_of_every_family(teacher, batch):
+    made = shrink.student(*teacher, width=12, heads=teacher[0].config.heads, layers=2)
+    assert made.model.config.width == 12
+    assert made.model.config.dim == teacher[0].config.dim
+    assert np.isfinite(made.model.apply(made.params, batch).logits).all()
+
+
 def test_given_scores_decide():
     model = ENCODER.build()
     params = random(model)
