@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from steppe.data.text import Tokenizer
-from steppe.launch import kinds, outputs, samples
+from steppe.launch import execution, kinds, outputs, samples
 from steppe.launch.config import DataConfig
 from steppe.launch.pieces import Pieces
 from steppe.train import evaluate
@@ -77,8 +77,11 @@ def run(
     found = evaluate.run(
         model, params, batches, task, plan=plan, token_bytes=sizes, generate=generate
     )
-    if chosen is None or chosen.scored:
+    if chosen is None:
         return found
+    if chosen.scored:
+        more = execution.metrics(found.generated, dataset, data)
+        return dataclasses.replace(found, metrics={**found.metrics, **more})
     return dataclasses.replace(found, generated=write(params))
 
 

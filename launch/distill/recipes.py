@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from steppe.launch import recipes as finetuning
 from steppe.launch.config import DataConfig, OptimConfig
 from steppe.launch.distill.settings import DistillConfig
 
@@ -65,8 +66,29 @@ def smollm2_cut() -> DistillConfig:
     )
 
 
+def spider_cut() -> DistillConfig:
+    """The run of ``steppe finetune smollm2-spider`` -> ten of its thirty layers, by KID.
+
+    Queries of the test split are run on databases that the student has not seen.
+    """
+    return DistillConfig(
+        teacher="runs/smollm2-spider",
+        student="teacher:layers=10",
+        out="runs/spider-cut",
+        data=finetuning.smollm2_spider().data,
+        optim=OptimConfig(learning_rate=5e-4),
+        scheme="kid",
+        steps=60,
+        batch_size=2,
+        log_every=5,
+        samples=32,
+        sample_tokens=48,
+    )
+
+
 RECIPES: dict[str, Callable[[], DistillConfig]] = {
     "movies-l3": movies_l3,
     "movies-cut": movies_cut,
     "smollm2-cut": smollm2_cut,
+    "spider-cut": spider_cut,
 }
