@@ -37,15 +37,22 @@ An encoder-decoder has two stacks: the names of its sites begin with ``encoder.`
 
 Sites inside the layers hold their parameters stacked on axis 0, one slice a layer, so that
 they pass through the layer scan. An absent site leaves no trace in the compiled program.
+
+A site that has more to say than its output (a router, how it has chosen) says it by ``tell``;
+an objective that wants to hear it runs the model inside ``listening``. Where nobody listens
+nothing is computed for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 OUTER_SITES = ("embed", "logits")
 LAYER_SITES = (
@@ -80,6 +87,8 @@ class SiteContext(NamedTuple):
       inputs: what the feed-forward that this site is the end of reads, at ``ffn.out``.
       step: whether one token is being read after a prompt (``Decode.step``); what was put in
         front of the prompt is there already.
+      reads: at a site between two layers, the position [B] that stands for the whole text: the
+        first token's in an encoder, the last one's in a decoder.
     """
 
     layer: jax.Array | None = None
@@ -90,6 +99,7 @@ class SiteContext(NamedTuple):
     norm: Callable[[jax.Array], jax.Array] | None = None
     inputs: jax.Array | None = None
     step: bool = False
+    reads: jax.Array | None = None
 
 
 SiteFn = Callable[[Any, Any, Callable[[Any], Any], SiteContext], Any]
@@ -112,6 +122,42 @@ class Site:
     fn: SiteFn
     delta: Any
     tokenwise: bool = False
+
+
+_LISTENER: contextvars.ContextVar[dict[str, jax.Array] | None] = contextvars.ContextVar(
+    "listener", default=None
+)
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[dict[str, jax.Array]]:
+    """Collects what sites tell while a model runs inside the block.
+
+    The block and what reads its values belong into one trace: listen inside the function that is
+    compiled or differentiated, not around it.
+
+    Yields:
+      name -> value; of sites inside the layers stacked over them, [L, ...]. What several runs of
+      a model in one block tell under a name stands one behind the other along axis 0.
+    """
+    found: dict[str, jax.Array] = {}
+    token = _LISTENER.set(found)
+    try:
+        yield found
+    finally:
+        _LISTENER.reset(token)
+
+
+def heard() -> bool:
+    """Whether anybody listens."""
+    return _LISTENER.get() is not None
+
+
+def tell(name: str, value: jax.Array) -> None:
+    """Tells whoever listens; a name that includes the site's keeps several sites apart."""
+    found = _LISTENER.get()
+    if found is not None:
+        found[name] = jnp.concatenate([found[name], value]) if name in found else value
 
 
 def stack_sites(first: Mapping[str, Site], *others: Mapping[str, Site]) -> dict[str, Site]:

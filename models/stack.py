@@ -8,6 +8,7 @@ are written.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 
 from steppe.models.layout import rows
 from steppe.models.model import Masks
-from steppe.models.sites import OUTER_SITES, Hooks, Site, SiteContext
+from steppe.models.sites import OUTER_SITES, Hooks, Site, SiteContext, heard, listening, tell
 
 REMAT = ("auto", "dots", "full", "none")
 
@@ -97,7 +98,9 @@ def run_stack(
     index = jnp.arange(start, stop) if need_index else None
     xs = (cut(params), cut(inner), cut(masks), index, cut(extra))
 
-    def body(x: jax.Array, slices: Any) -> tuple[jax.Array, jax.Array | None]:
+    ears = listening if heard() else contextlib.nullcontext
+
+    def body(x: jax.Array, slices: Any) -> tuple[jax.Array, tuple[jax.Array | None, Any]]:
         layer_params, deltas, layer_masks, index, more = slices
         rng = None if context.rng is None else jax.random.fold_in(context.rng, index)
         hooks = Hooks(sites, deltas, context._replace(layer=index, rng=rng))
@@ -114,8 +117,10 @@ def run_stack(
                 **({} if extra is None else {"extra": more}),
             )
 
-        y = rows(hooks("resid", x, run))
-        return y, (y if all_hidden else None)
+        # What sites tell is of this layer's trace: it leaves it as an output.
+        with ears() as told:
+            y = rows(hooks("resid", x, run))
+        return y, (y if all_hidden else None, told)
 
     length = stop - start
     flat = length <= unroll
@@ -128,9 +133,11 @@ def run_stack(
         body = jax.checkpoint(body, policy=policy, prevent_cse=False)
     if length == 1:  # no loop: the layer may give fewer positions than it is given
         out, single = body(rows(x), jax.tree.map(lambda a: a[0], xs))
-        every = None if single is None else single[None]
+        every, told = jax.tree.map(lambda a: a[None], single)
     else:
-        out, every = jax.lax.scan(
+        out, (every, told) = jax.lax.scan(
             body, rows(x), xs, length=length, unroll=max(length, 1) if flat else 1
         )
+    for name, value in (told or {}).items():
+        tell(name, value)
     return out if every is None else jnp.concatenate([x[None], every])

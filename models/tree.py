@@ -201,6 +201,21 @@ def tensors(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield SEPARATOR.join(parts), leaf[layer]
 
 
+def rows(tree: Any, ids: jax.Array, *, axis: int = 0) -> Any:
+    """Entries ``ids`` [B] of the leading axis of every leaf, with the axis B at ``axis``.
+
+    An id outside the leaf, negative ones too, gives NaN and not an entry (integers: a zero).
+    """
+
+    def one(leaf: Any) -> jax.Array:
+        inside = jnp.where(ids < 0, leaf.shape[0], ids)
+        void = jnp.nan if jnp.issubdtype(leaf.dtype, jnp.floating) else 0
+        found = jnp.take(jnp.asarray(leaf), inside, axis=0, mode="fill", fill_value=void)
+        return jnp.moveaxis(found, 0, axis)
+
+    return jax.tree.map(one, tree)
+
+
 def same_structure(
     left: Mapping[str, Any], right: Mapping[str, Any], names: tuple[str, str]
 ) -> None:

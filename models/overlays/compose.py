@@ -13,7 +13,7 @@ import functools
 
 import jax
 
-from steppe.models.model import Rules
+from steppe.models.model import Model, Rules
 from steppe.models.overlays.overlay import Overlay
 from steppe.models.sites import Site, stack_sites
 from steppe.models.tree import Params
@@ -55,6 +55,10 @@ def compose(*overlays: Overlay) -> Overlay:
         for name, overlay in parts.items()
         for pattern, places in overlay.axes
     )
+
+    def around(model: Model) -> Model:
+        return functools.reduce(lambda m, o: o.around(m) if o.around else m, overlays, model)
+
     mergeable = all(overlay.merge is not None for overlay in overlays)
     also = tuple(dict.fromkeys(pattern for overlay in overlays for pattern in overlay.trainable))
     return Overlay(
@@ -65,6 +69,8 @@ def compose(*overlays: Overlay) -> Overlay:
         axes,
         also,
         tuple((name, overlay.settings) for name, overlay in parts.items()),
+        tuple(rf"{name}/(?:{path})" for name, overlay in parts.items() for path in overlay.fixed),
+        around=around if any(overlay.around for overlay in overlays) else None,
     )
 
 

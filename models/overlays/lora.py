@@ -98,6 +98,18 @@ def overlay(
             name: Site(branch, delta[tree.STACK][name], tokenwise=drop == 0.0) for name in names
         }
 
+    def rows(deltas: Params, ids: jax.Array) -> dict[str, Site]:
+        # Low-rank products of every example with its own A and B: no matrix an example is made.
+        def fn(own: Any, x: Any, base: Callable[[Any], Any], context: SiteContext) -> jax.Array:
+            y: jax.Array = base(x)
+            x = dropout(x, drop, context.rng if context.train else None)
+            a, b = (own[n].astype(y.dtype) for n in "ab")
+            inner = jnp.einsum("btd,bdr->btr", x.astype(y.dtype), a)
+            return y + scale * jnp.einsum("btr,bro->bto", inner, b)
+
+        chosen = tree.rows(deltas[tree.STACK], ids, axis=1)
+        return {name: Site(fn, chosen[name], tokenwise=drop == 0.0) for name in names}
+
     def merge(params: Params, delta: Params) -> Params:
         folded = {}
         for name in names:
@@ -110,4 +122,4 @@ def overlay(
 
     settings = {"rank": rank, "alpha": alpha, "sites": names, "drop": drop}
     settings["rank_stabilised"] = rank_stabilised
-    return Overlay("lora", init, attach, merge, RULES, settings=tuple(settings.items()))
+    return Overlay("lora", init, attach, merge, RULES, settings=tuple(settings.items()), rows=rows)

@@ -54,6 +54,12 @@ class Overlay:
       axes: sharding rules of the delta, paths as in the delta.
       trainable: paths of the base that train beside the delta and the head, as regexes.
       settings: what it was made with, as (name, JSON value) pairs: written beside a saved delta.
+      fixed: paths of the delta that do not train, as regexes.
+      rows: ``(deltas, ids) -> {site: Site}`` for a batch of which example i has the delta number
+        ids[i] of a stack (leaves [adapters, ...]), see ``bank``; None where nothing is better
+        than the model mapped over the examples.
+      around: the base as this overlay needs it, with further sites that ``sites`` attaches to: a
+        place between two layers, or one that sees the batch. None = the base as it is.
     """
 
     name: str
@@ -63,6 +69,9 @@ class Overlay:
     axes: Rules = (WHOLE,)
     trainable: tuple[str, ...] = ()
     settings: tuple[tuple[str, Any], ...] = ()
+    fixed: tuple[str, ...] = ()
+    rows: Callable[[Params, jax.Array], dict[str, Site]] | None = None
+    around: Callable[[Model], Model] | None = None
 
     def bind(
         self,
@@ -86,6 +95,7 @@ class Overlay:
             raise ValueError("the model is bound already; compose the overlays instead")
         if frozen is not None:
             tree.same_structure(frozen, model.abstract(), ("frozen", "the model"))
+        host = model if self.around is None else self.around(model)
 
         def init(key: jax.Array) -> Params:
             base_key, delta_key = jax.random.split(key)
@@ -106,7 +116,7 @@ class Overlay:
             all_hidden: bool = False,
         ) -> ModelOut:
             ours = self.sites(params.get(OVERLAY, {}))
-            return model.apply(
+            return host.apply(
                 params[BASE],
                 batch,
                 sites=stack_sites(ours, sites or {}),
@@ -117,7 +127,7 @@ class Overlay:
                 all_hidden=all_hidden,
             )
 
-        decode = model.decode
+        decode = host.decode
         if decode is not None:
             base_start, base_step = decode
 
@@ -153,13 +163,16 @@ class Overlay:
         live = [p for p in trainable if any(tree.matches(path, (p,)) for path in base_paths)]
         given = None if frozen is None else {BASE: frozen}
         shapes = frozen if frozen is not None else model.abstract()
-        empty = not tree.paths(jax.eval_shape(self.init, jax.random.key(0), shapes))
-        ours = () if empty else (rf"{OVERLAY}/.*",)
+        leaves = tree.paths(jax.eval_shape(self.init, jax.random.key(0), shapes))
+        still = rf"(?!(?:{'|'.join(self.fixed)})$)" if self.fixed else ""
+        # A pattern that matches nothing is refused where it is used.
+        learnt = any(not tree.matches(path, self.fixed) for path in leaves)
+        ours = (rf"{OVERLAY}/{still}.*",) if learnt else ()
         return dataclasses.replace(
             model,
             init=init,
             apply=apply,
-            axes=_prefix(BASE, model.axes) + _prefix(OVERLAY, self.axes),
+            axes=prefixed(BASE, model.axes) + prefixed(OVERLAY, self.axes),
             trainable=(*ours, *(rf"{BASE}/(?:{p})" for p in live)),
             parts=None,
             decode=decode,
@@ -194,7 +207,8 @@ class Overlay:
         return Merged(folded, float(difference(params, folded, dict(batch))))
 
 
-def _prefix(root: str, rules: Rules) -> Rules:
+def prefixed(root: str, rules: Rules) -> Rules:
+    """Rules of a tree as those of the same tree below ``root``."""
     return tuple((rf"{root}/(?:{pattern})", axes) for pattern, axes in rules)
 
 

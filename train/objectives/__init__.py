@@ -1,5 +1,6 @@
 """Objectives: pure functions ``(params, batch, key) -> LossOut`` that return sums, never means."""
 
+from steppe.train.objectives.balance import localized_balance_loss, loramoe_loss
 from steppe.train.objectives.basic import (
     classification_ce,
     for_task,
@@ -9,13 +10,17 @@ from steppe.train.objectives.basic import (
     token_ce,
     weighted,
 )
+from steppe.train.objectives.verbalizer import verbalizer_ce
 
 __all__ = [
     "classification_ce",
     "for_task",
+    "localized_balance_loss",
+    "loramoe_loss",
     "mlm_ce",
     "mse",
     "span_ce",
     "token_ce",
+    "verbalizer_ce",
     "weighted",
 ]

@@ -1,0 +1,133 @@
+"""``steppe continual`` on a tiny model: every task's end is a place to go on from, and the table is
+that of its stages."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from steppe.launch import cli, overlays
+from steppe.launch.compare.journal import Lines
+from steppe.launch.continual import material, table
+from steppe.launch.continual.command import _Stream
+from steppe.launch.continual.settings import ContinualConfig
+from steppe.models.overlays import files
+from steppe.train import continual
+
+pytestmark = pytest.mark.slow
+
+
+def words(world, out, *more):
+    return [
+        "continual", f"--model={world.model}", "--tasks", world.a, world.b, f"--out={out}",
+        "--data.max-length=8", "--data.buckets=8", "--data.limit=48", "--batch-size=16",
+        "--rank=2", "--epochs=2", "--optim.learning-rate=1e-2", "--log-every=2", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def done(reviews, tmp_path_factory):
+    """Two methods, stopped after the first task of the second one and gone on with."""
+    out = tmp_path_factory.mktemp("continual") / "out"
+    learn = _Stream.learn
+    calls = []
+
+    def stopped(self, count, finished):
+        calls.append((self.method, count))
+
+        def then(row):
+            finished(row)
+            if row["method"] == "o-lora" and len(calls) == 2:
+                raise KeyboardInterrupt
+
+        learn(self, count, then)
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(_Stream, "learn", stopped)
+    arguments = words(reviews, out, "--method", "replay", "o-lora", "--memory=8")
+    assert cli.main(arguments) == 130
+    assert not (out / "o-lora" / "0" / "task-1").exists()
+    assert cli.main([*arguments, "--resume"]) == 0
+    patch.undo()
+    assert calls == [("replay", 0), ("o-lora", 0), ("o-lora", 1)]
+    return out
+
+
+def test_the_table_is_that_of_its_stages(done):
+    found = json.loads((done / "results.json").read_text())
+    rows = Lines(done / "stages.jsonl").read
+    assert [(r["method"], r["task"]) for r in rows] == [
+        ("replay", "a"), ("replay", "b"), ("o-lora", "a"), ("o-lora", "b")
+    ]  # fmt: skip
+    assert found["done"] == found["of"] == 2
+    for method, pair in zip(found["methods"], (rows[:2], rows[2:]), strict=True):
+        matrix = continual.continual_matrix([row["accuracy"] for row in pair])
+        for name in table.SCORES:
+            expected = getattr(continual, name)(matrix)
+            assert method["metrics"][name]["mean"] == pytest.approx(expected)
+    assert all(row["compiles"] == 1 for row in rows)
+    # The memory makes the second task of replay longer: 8 of 48 more examples.
+    assert [row["steps"] for row in rows] == [6, 8, 6, 6]
+    assert 0 < rows[3]["cosine"] <= 1
+    text = (done / "table.md").read_text()
+    assert "| method | seeds | a | b | average |" in text
+    assert "### o-lora, seed 0" in text
+
+
+def test_the_log_covers_every_step_once(done):
+    for method, last in (("replay", 14), ("o-lora", 12)):
+        lines = (done / method / "0" / "metrics.jsonl").read_text().splitlines()
+        steps = [json.loads(line)["step"] for line in lines]
+        assert steps == sorted(set(steps))
+        assert steps[-1] == last
+    assert "loss/orthogonality" in json.loads(lines[-1])
+
+
+def test_the_overlay_of_the_last_task_is_kept(done):
+    assert not (done / "o-lora" / "0" / "task-0").exists()
+    saved = files.load(done / "o-lora" / "0" / "task-1")
+    assert saved.name == "o-lora"
+    assert np.asarray(saved.params["overlay"]["bank"]["active"]).tolist() == [1, 0]
+    loaded = overlays.load(Path(done / "o-lora" / "0" / "task-1"))
+    assert loaded.labels == ("a/neg", "a/pos", "b/neg", "b/pos")
+
+
+def test_classes_of_one_head(reviews):
+    own = ContinualConfig(tasks=(reviews.a, reviews.b))
+    labels = [("neg", "pos"), ("pos", "other")]
+    assert material._classes(own, ("a", "b"), labels) == (
+        ("a/neg", "a/pos", "b/pos", "b/other"),
+        (0, 0, 1, 1),
+        [[0, 1], [2, 3]],
+    )
+    shared = ContinualConfig(tasks=(reviews.a, reviews.b), heads="shared")
+    assert material._classes(shared, ("a", "b"), labels) == (
+        ("neg", "pos", "other"),
+        None,
+        [[0, 1], [1, 2]],
+    )
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--rank=9"], "tasks * rank must be <= 16"),
+        (["--method", "ewc"], "ewc"),
+        (["--optim.schedule=linear"], "optim.schedule must be constant"),
+        (["--power=3"], "p must be 1"),
+        (["--data.task=lm"], "data.task must be classification or pair"),
+        (["--memory=0"], "memory must be >= 1"),
+    ],
+)
+def test_mistakes(more, said, reviews, tmp_path, capsys):
+    assert cli.main(words(reviews, tmp_path / "out", *more)) == 2
+    message = capsys.readouterr().err
+    assert said in message.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_task_is_no_stream(reviews, tmp_path, capsys):
+    arguments = ["continual", f"--model={reviews.model}", "--tasks", reviews.a]
+    assert cli.main([*arguments, f"--out={tmp_path}"]) == 2
+    assert "tasks must be two or more, got 1" in capsys.readouterr().err
