@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from string import Template
 
-from steppe.launch.report import distilling, record, sections, texts
+from steppe.launch.report import distilling, record, searching, sections, texts
 from steppe.launch.report.folder import RunFolder, read
 from steppe.launch.report.svg import escape
 
@@ -59,6 +59,7 @@ def render(run: RunFolder) -> str:
         distilling.difficulty(run),
         texts.before_and_after(run),
         texts.written(run),
+        searching.search(run),
         sections.learning(run),
         sections.errors(run),
         sections.cases(run),

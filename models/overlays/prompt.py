@@ -58,14 +58,14 @@ def overlay(
     known = tuple(int(i) for i in ids)
 
     def init(key: jax.Array, params: Params) -> Params:
-        table = _table(params, "word")
+        table = table_of(params, "word")
         if table is None:
             raise ValueError("this model embeds no words: a prompt has no place in it")
         size, width = table.shape
         if known and not all(0 <= i < size for i in known):
             bad = next(i for i in known if not 0 <= i < size)
             raise ValueError(f"ids must be of the vocabulary of {size} tokens, got {bad}")
-        positions = _table(params, "position")
+        positions = table_of(params, "position")
         if positions is not None and length >= positions.shape[0]:
             raise ValueError(
                 f"length={length} leaves the text none of the model's {positions.shape[0]} "
@@ -137,7 +137,7 @@ def _seen(mask: Any, n: int) -> jax.Array | None:
     return jnp.concatenate([own, wide], axis=1)
 
 
-def _table(params: Params, name: str) -> Any:
+def table_of(params: Params, name: str) -> Any:
     """An embedding table by the name of its place, or None."""
     for path in tree.paths(params):
         parts = path.split(tree.SEPARATOR)

@@ -1,0 +1,1 @@
+"""``steppe blackbox``: prompts from forward passes alone."""
