@@ -1,30 +1,34 @@
-"""Device meshes and sharding rules: a regular expression on a path says how a leaf is split.
+"""Device meshes, and a plan that keeps the sharding rules of a model with its mesh.
 
-Axis names used by steppe: ``data`` and ``fsdp`` split the batch, every name that the rules
-use (``fsdp``, ``model``, ...) splits parameters. Axes are of type Auto: shardings are hints
-that the compiler propagates, so model code is the same on one device and on a pod.
+Axis names used by steppe: ``data`` and ``fsdp`` split the batch, ``seq`` the tokens between
+layers, every name that the rules use (``fsdp``, ``model``, ...) splits parameters; see
+``sharding``. Axes are of type Auto: shardings are hints that the compiler propagates, so model
+code is the same on one device and on a pod.
+
+Devices of several slices (pods of TPUs that a slower network joins) make a hybrid mesh: an axis
+that runs across slices has its slices outermost, so that all other axes stay on the fast links.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from steppe.models.layout import DATA_AXES
+from steppe.models.layout import DATA_AXES, SEQUENCE_AXIS
 from steppe.models.tree import path_of
+from steppe.train import sharding
+from steppe.train.sharding import REPLICATE, Axes, Rules
 from steppe.train.types import TrainState
 
-Axes = tuple[str | tuple[str, ...] | None, ...]
-Rules = Sequence[tuple[str, Sequence[str | tuple[str, ...] | None]]]
-
-REPLICATE: Rules = ((".*", ()),)
+__all__ = ["REPLICATE", "Axes", "MeshPlan", "Rules", "abstract", "plan", "put", "settle", "sizes"]
 
 
 def plan(
@@ -32,6 +36,7 @@ def plan(
     rules: Rules | None = None,
     *,
     devices: Sequence[jax.Device] | None = None,
+    slices: Mapping[str, int] | None = None,
 ) -> MeshPlan:
     """Builds a mesh over the devices and keeps the sharding rules with it.
 
@@ -42,52 +47,124 @@ def plan(
         None for each dimension); ``()`` replicates. The first match counts. Axes that the
         mesh does not have are dropped. None replicates every parameter.
       devices: default all devices of all processes.
+      slices: axis name -> number of slices that it runs across, a part of its size; the other
+        axes lie within a slice. None = the first axis of the batch runs across all slices that
+        the devices say they are on, if these are several.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices, or an axis would do
-        nothing because neither the batch nor any rule uses it.
+      ValueError: the sizes do not multiply to the number of devices, an axis would do nothing
+        because neither the batch nor any rule uses it, or slices that do not fit.
     """
     found = list(jax.devices() if devices is None else devices)
-    sizes = dict(shape)
-    if not sizes or any(size < 1 and size != -1 for size in sizes.values()):
-        raise ValueError(f"mesh sizes must be >= 1, or -1 for what is left, got {sizes}")
-    free = [name for name, size in sizes.items() if size == -1]
+    whole = sizes(shape, len(found), rules)
+    return MeshPlan(_mesh(whole, found, slices), sharding.frozen(rules))
+
+
+def abstract(shape: Mapping[str, int], rules: Rules | None = None) -> MeshPlan:
+    """A plan for devices that are not there: shapes and shardings, but nothing can be placed.
+
+    Args:
+      shape, rules: as in :func:`plan`, without -1.
+
+    Raises:
+      ValueError: as :func:`plan`.
+    """
+    whole = sizes(shape, math.prod(shape.values()), rules)
+    axes = (AxisType.Auto,) * len(whole)
+    mesh = AbstractMesh(tuple(whole.values()), tuple(whole), axis_types=axes)
+    return MeshPlan(mesh, sharding.frozen(rules))
+
+
+def sizes(shape: Mapping[str, int], devices: int, rules: Rules | None = None) -> dict[str, int]:
+    """``shape`` with -1 filled in, after checking it against the devices and the rules.
+
+    Raises:
+      ValueError: see :func:`plan`.
+    """
+    out = dict(shape)
+    if not out or any(size < 1 and size != -1 for size in out.values()):
+        raise ValueError(f"mesh sizes must be >= 1, or -1 for what is left, got {out}")
+    free = [name for name, size in out.items() if size == -1]
     if len(free) > 1:
-        raise ValueError(f"only one mesh axis may be -1, got {sizes}")
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    if free and len(found) % fixed == 0:
-        sizes[free[0]] = len(found) // fixed
-    elif free or fixed != len(found):
+        raise ValueError(f"only one mesh axis may be -1, got {out}")
+    fixed = math.prod(size for size in out.values() if size != -1)
+    if free and devices % fixed == 0:
+        out[free[0]] = devices // fixed
+    elif free or fixed != devices:
         raise ValueError(
             f"mesh {dict(shape)} needs {'a multiple of ' if free else ''}{fixed} devices, but "
-            f"there are {len(found)}: choose sizes whose product is {len(found)}"
+            f"there are {devices}: choose sizes whose product is {devices}"
         )
-    chosen = tuple(
-        (pattern, tuple(tuple(a) if isinstance(a, list) else a for a in axes))
-        for pattern, axes in (REPLICATE if rules is None else rules)
-    )
-    named = {name for _, axes in chosen for axis in axes for name in _names(axis)}
-    for name, size in sizes.items():
-        if size > 1 and name not in DATA_AXES and name not in named:
+    named = sharding.named(REPLICATE if rules is None else rules)
+    for name, size in out.items():
+        if size > 1 and name not in (*DATA_AXES, SEQUENCE_AXIS) and name not in named:
             raise ValueError(
                 f"mesh axis {name!r} of size {size} is used by no rule and does not split the "
                 f"batch; the batch is split by {DATA_AXES}, the rules name {sorted(named)}"
             )
-    mesh = jax.make_mesh(
-        tuple(sizes.values()),
-        tuple(sizes),
-        axis_types=(AxisType.Auto,) * len(sizes),
-        devices=found,
-    )
-    return MeshPlan(mesh, chosen)
+    return out
+
+
+def _mesh(
+    whole: Mapping[str, int], devices: list[jax.Device], slices: Mapping[str, int] | None
+) -> Mesh:
+    count = len({_slice(device) for device in devices})
+    if slices is None and count > 1:
+        first = next((axis for axis in whole if axis in DATA_AXES), next(iter(whole)))
+        slices = {first: count}
+    axes = (AxisType.Auto,) * len(whole)
+    if not slices or math.prod(slices.values()) == 1:
+        return jax.make_mesh(tuple(whole.values()), tuple(whole), axis_types=axes, devices=devices)
+    return Mesh(arrange(whole, slices, devices), tuple(whole), axis_types=axes)
+
+
+def arrange(whole: Mapping[str, int], slices: Mapping[str, int], devices: Sequence[Any]) -> Any:
+    """The devices as an array of the mesh's shape, slices outermost along their axes.
+
+    Devices that do not know their slice are cut into equal consecutive ones.
+
+    Raises:
+      ValueError: ``slices`` names an axis that the mesh lacks, does not divide its size, or is
+        another number of slices than the devices are on.
+    """
+    for name, count in slices.items():
+        size = whole.get(name)
+        if size is None or count < 1 or size % count:
+            raise ValueError(
+                f"slices {dict(slices)}: axis {name!r} of mesh {dict(whole)} cannot run across "
+                f"{count} slices; its size must be a multiple of them"
+            )
+    across = tuple(slices.get(name, 1) for name in whole)
+    within = tuple(size // part for size, part in zip(whole.values(), across, strict=True))
+    known = sorted({_slice(device) for device in devices})
+    count = math.prod(across)
+    if len(known) > 1 and len(known) != count:
+        raise ValueError(
+            f"slices {dict(slices)} are {count}, but the devices are on {len(known)}: choose "
+            f"numbers whose product is {len(known)}"
+        )
+    if len(known) > 1:
+        return mesh_utils.create_hybrid_device_mesh(within, across, devices)
+    # One block of consecutive devices a slice; then the axes are brought together.
+    cut = np.array(devices, dtype=object).reshape(*across, *within)
+    order = [axis for i in range(len(across)) for axis in (i, len(across) + i)]
+    return cut.transpose(order).reshape(tuple(whole.values()))
+
+
+def _slice(device: Any) -> int:
+    return getattr(device, "slice_index", None) or 0
 
 
 @dataclass(frozen=True)
 class MeshPlan:
     """A mesh and the rules that split a tree of parameters over it; see :func:`plan`."""
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     rules: tuple[tuple[str, Axes], ...]
+
+    def under(self, rules: Rules) -> MeshPlan:
+        """The same mesh with other rules."""
+        return dataclasses.replace(self, rules=sharding.frozen(rules))
 
     @property
     def replicated(self) -> NamedSharding:
@@ -106,6 +183,7 @@ class MeshPlan:
 
     def settle(self, tree: Any) -> Any:
         """Waits for ``tree`` where that is needed, and returns it: see :func:`settle`."""
+        assert isinstance(self.mesh, Mesh), "an abstract mesh runs nothing"
         return settle(tree, self.mesh.devices.flat)
 
     def rows(self, *, leading: int = 0) -> NamedSharding:
@@ -120,38 +198,15 @@ class MeshPlan:
           ValueError: no rule matches, the rule's rank is not the leaf's, or a dimension is
             not divisible by its mesh axis.
         """
-        if not shape:
-            return self.replicated
-        rule = next((rule for rule in self.rules if re.fullmatch(rule[0], path)), None)
-        if rule is None:
-            raise ValueError(
-                f"no sharding rule covers {path!r} of shape {tuple(shape)}: add a rule, "
-                "or ('.*', ()) at the end to replicate what is left"
-            )
-        pattern, axes = rule
-        if axes and len(axes) != len(shape):
-            raise ValueError(
-                f"rule {pattern!r} names {len(axes)} axes {axes}, but {path!r} has "
-                f"{len(shape)} dimensions {tuple(shape)}"
-            )
-        spec: list[Any] = []
-        for dim, axis in enumerate(axes):
-            present = tuple(name for name in _names(axis) if name in self.mesh.shape)
-            parts = math.prod(self.mesh.shape[name] for name in present)
-            if shape[dim] % parts:
-                raise ValueError(
-                    f"dimension {dim} of {path!r} has size {shape[dim]}, not divisible by the "
-                    f"{parts} devices of mesh axis {'+'.join(present)!r}"
-                )
-            spec.append(present if len(present) > 1 else present[0] if present else None)
-        # P(None, None) and P() are the same placement but compare unequal, which would make
-        # a checkpoint or a compiled step look different from its twin.
-        while spec and spec[-1] is None:
-            spec.pop()
-        return NamedSharding(self.mesh, PartitionSpec(*spec))
+        axes = sharding.spec(self.rules, self.mesh.shape, path, shape)
+        return NamedSharding(self.mesh, PartitionSpec(*axes))
 
     def shardings(self, tree: Any) -> Any:
-        """The sharding of every leaf (array or abstract shape) of a tree of parameters."""
+        """The sharding of every leaf (array or abstract shape) of a tree of parameters.
+
+        Raises:
+          ValueError: as :meth:`sharding`.
+        """
         return jax.tree_util.tree_map_with_path(
             lambda key, leaf: self.sharding(path_of(key), leaf.shape), tree
         )
@@ -214,11 +269,11 @@ class MeshPlan:
                     f"batch[{name!r}] has {rows} rows, not divisible by the {parts} parts of "
                     f"mesh axes {self.data_axes}: use a multiple of {parts}"
                 )
-            sharding = self.rows() if local.ndim else self.replicated
+            to = self.rows() if local.ndim else self.replicated
             if processes == 1:
-                out[name] = jax.device_put(local, sharding)
+                out[name] = jax.device_put(local, to)
             else:
-                out[name] = jax.make_array_from_process_local_data(sharding, local)
+                out[name] = jax.make_array_from_process_local_data(to, local)
         return out
 
 
@@ -240,7 +295,3 @@ def settle(tree: Any, devices: Iterable[jax.Device]) -> Any:
     if len(found) > 1 and found[0].platform == "cpu":
         jax.block_until_ready(tree)
     return tree
-
-
-def _names(axis: str | Iterable[str] | None) -> tuple[str, ...]:
-    return () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
