@@ -122,7 +122,7 @@ class Plan:
             table, held = table[shuffle], held[shuffle]
         return table, held
 
-    def batch(self, number: int, rows: slice) -> Batch:
+    def batch(self, number: int, rows: slice | np.ndarray) -> Batch:
         """Batch `number` of the endless sequence, or the given rows of it."""
         epoch, step = divmod(number, self.steps_per_epoch)
         table, sizes = self.epoch(epoch)
@@ -162,6 +162,7 @@ def train(
     backend: Backend = "numpy",
     process_index: int = 0,
     process_count: int = 1,
+    rows: np.ndarray | None = None,
 ) -> TrainBatches:
     """Endless shuffled batches for training.
 
@@ -173,20 +174,21 @@ def train(
       backend: "numpy" makes a batch when asked; "grain" prefetches on threads. Same batches.
       process_index, process_count: this process gets the contiguous rows
         ``[index * B / count, (index + 1) * B / count)`` of every global batch.
+      rows: in their place, numbers of the rows of every global batch that this process gets.
 
     Raises:
       DataError: bad sizes, an example longer than the longest bucket, or `batch_size` not
         divisible by `process_count`.
     """
     plan = Plan(dataset, batch_size, buckets, seed)
-    rows = _share(batch_size, process_index, process_count)
+    own = _share(batch_size, process_index, process_count) if rows is None else rows
     if backend == "grain":
         from steppe.data.prefetch import GrainBatches
 
-        return GrainBatches(plan, rows)
+        return GrainBatches(plan, own)
     if backend != "numpy":
         raise DataError(f"backend must be 'numpy' or 'grain', got {backend!r}")
-    return TrainBatches(plan, rows)
+    return TrainBatches(plan, own)
 
 
 def evaluate(
@@ -224,7 +226,7 @@ def _share(batch_size: int, index: int, count: int) -> slice:
 class TrainBatches:
     """Endless batches; implements :class:`Batches`. Made by :func:`train`."""
 
-    def __init__(self, plan: Plan, rows: slice) -> None:
+    def __init__(self, plan: Plan, rows: slice | np.ndarray) -> None:
         self.plan = plan
         self.shapes = plan.shapes
         self.steps_per_epoch = plan.steps_per_epoch

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from steppe.data.batches import Batch, Plan, State, TrainBatches, checked
 
 _ENDLESS = 1 << 62
@@ -21,7 +23,9 @@ class GrainBatches(TrainBatches):
       buffer: batches kept ready.
     """
 
-    def __init__(self, plan: Plan, rows: slice, *, threads: int = 2, buffer: int = 8) -> None:
+    def __init__(
+        self, plan: Plan, rows: slice | np.ndarray, *, threads: int = 2, buffer: int = 8
+    ) -> None:
         import grain
 
         super().__init__(plan, rows)

@@ -184,6 +184,8 @@ class FinetuneConfig:
       samples: lm, chat, seq2seq: test examples for which texts are written before and after
         the training, greedily; 0 = none.
       sample_tokens: most tokens of such a text.
+      watchdog: minutes that a step (its compilation included), an evaluation or a save may take;
+        beyond, stacks are dumped and the run ends with status 76. 0 = no limit.
       resume: continue the run in ``out``.
       dry_run: print the resolved config, parameter count, memory and FLOPs, and stop.
     """
@@ -227,6 +229,7 @@ class FinetuneConfig:
     baselines: bool = True
     samples: int = 16
     sample_tokens: int = 64
+    watchdog: float = 0.0
     resume: bool = False
     dry_run: bool = False
 
@@ -245,6 +248,8 @@ class FinetuneConfig:
             )
         if self.steps == 0 and not 0 < self.epochs < math.inf:
             raise ValueError(f"epochs must be > 0 and finite (or give steps), got {self.epochs}")
+        if not 0 <= self.watchdog < math.inf:
+            raise ValueError(f"watchdog must be >= 0 minutes and finite, got {self.watchdog}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be in [0, 2^32), got {self.seed}")
         if not 0.0 <= self.ema < 1.0:
@@ -445,7 +450,8 @@ def from_dict(kind: type, values: Mapping[str, Any]) -> Any:
 
 
 def read(run: Path) -> FinetuneConfig:
-    """The config of a run folder; of one of ``steppe distill``, the training of its student.
+    """The config of a run folder; of one of ``steppe distill``, the training of its student; of
+    one of ``steppe blackbox``, its model and data.
 
     Raises:
       FileNotFoundError: it is not a run folder.
@@ -463,4 +469,9 @@ def read(run: Path) -> FinetuneConfig:
 
         distilled: DistillConfig = from_dict(DistillConfig, values)
         return distilled.training()
+    if isinstance(values, dict) and {"popsize", "shots"} <= set(values):
+        from steppe.launch.blackbox.settings import BlackboxConfig
+
+        searched: BlackboxConfig = from_dict(BlackboxConfig, values)
+        return searched.as_finetune()
     return from_dict(FinetuneConfig, values)

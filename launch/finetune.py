@@ -16,11 +16,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from steppe.launch import config as config_
 from steppe.launch import kinds, optimiser, outputs, scoring
 from steppe.launch.config import FinetuneConfig
 from steppe.launch.finish import More, finish
 from steppe.launch.pieces import Pieces, build, start
+from steppe.launch.pods import rank
 from steppe.models import tree
 from steppe.train import checkpoint, loop, metrics
 from steppe.train.types import TrainState
@@ -40,6 +43,7 @@ FREE = (
     "tensorboard",
     "mesh",
     "microbatches",
+    "watchdog",
 )
 
 
@@ -50,12 +54,12 @@ def run(config: FinetuneConfig, command: Sequence[str] = ()) -> dict[str, Any]:
       FileExistsError: the run folder holds another run.
       Interrupted: stopped by Ctrl-C or SIGTERM; saved.
     """
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    config = optimiser.resolved(config)
+    config = optimiser.resolved(rank.requeued(config))
     folder = config.run
-    check_folder(config, folder, _fixed)
+    rank.agree("settings", rank.identity(config_.to_dict(config)))
+    console = rank.console()
+    if rank.lead():
+        check_folder(config, folder, _fixed)
     begin = time.perf_counter()
     pieces = build(config)
     if config.dry_run:
@@ -87,13 +91,12 @@ def carry_out(
     Returns:
       What is in results.json.
     """
-    from rich.console import Console
-
-    console = Console(stderr=True)
+    console = rank.console()
     config, folder = pieces.config, pieces.config.run
+    rank.agree("data", {"batches": pieces.batches.get_state(), "devices": jax.local_device_count()})
     state = start(pieces, donate=True)
-    writers: list[Any] = [metrics.JsonLines(folder / "metrics.jsonl")]
-    if config.tensorboard:
+    writers: list[Any] = [metrics.JsonLines(folder / "metrics.jsonl")] if rank.lead() else []
+    if config.tensorboard and rank.lead():
         writers.append(metrics.TensorBoard(folder / "tensorboard"))
     manifest = {"config": dict(fixed), "base": checkpoint.fingerprint(state.frozen)}
     if not (config.resume and (folder / CONFIG).is_file()):
@@ -140,6 +143,8 @@ def carry_out(
 
 
 def _reported(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
+    if not rank.lead():
+        return results
     from rich.console import Console
 
     from steppe.launch import report
@@ -226,6 +231,7 @@ def _train(
             log_every=config.log_every,
             writers=[*writers, progress],
             schedule=pieces.schedule,
+            watchdog=60.0 * config.watchdog,
         )
 
 

@@ -8,12 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import jax
 import numpy as np
 
 from steppe.launch import machine, optimiser, outputs, overlays, scoring
 from steppe.launch.pieces import Pieces
+from steppe.launch.pods import rank
 from steppe.models import pretrained, tree
-from steppe.train import evaluate
+from steppe.train import evaluate, mesh
 from steppe.train.types import Params, TrainState
 
 # (content of results.json so far, all parameters, evaluation of the test split): adds to the first.
@@ -48,15 +50,16 @@ def finish(
         for split in ("valid", "test")
     }
     test = results["test"]
-    outputs.write_predictions(
-        folder / "predictions.jsonl",
-        outputs.predictions(test, data.splits["test"], config.data),
-    )
+    if rank.lead():
+        outputs.write_predictions(
+            folder / "predictions.jsonl",
+            outputs.predictions(test, data.splits["test"], config.data),
+        )
     labels = data.task.label_names or None
     merge_difference = export(pieces, pieces.own(params), folder / "model", labels)
     timings["evaluate_s"] = time.perf_counter() - begin
     begin = time.perf_counter()
-    baselines = _baselines(pieces) if config.baselines else {}
+    baselines = _baselines(pieces) if config.baselines and rank.lead() else {}
     if earlier:
         baselines["before training"] = dict(earlier["metrics"]["test"])
     timings["baselines_s"] = time.perf_counter() - begin
@@ -116,6 +119,9 @@ def export(
             inputs["labels"] = np.asarray(batch["labels"])
         merged = pieces.overlay.merged(pieces.loaded.model, params, inputs)
         params, difference = merged.params, merged.largest_difference
+    params = on_host(params, pieces.plan)
+    if not rank.lead():
+        return difference
     own = pieces.origin.tokenizer
     pretrained.save(
         target,
@@ -129,10 +135,29 @@ def export(
     return difference
 
 
+def on_host(params: Params, plan: mesh.MeshPlan) -> Params:
+    """Whole arrays on the first process; those split over processes are gathered one by one.
+
+    Every process must call it.
+    """
+    gather = jax.jit(lambda leaf: leaf, out_shardings=plan.replicated)
+
+    def one(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+            return leaf
+        whole = leaf if leaf.is_fully_replicated else plan.settle(gather(leaf))
+        return np.asarray(whole) if rank.lead() else leaf
+
+    return jax.tree.map(one, params)
+
+
 def _export_overlay(
     pieces: Pieces, params: Params, target: Path, labels: Sequence[str] | None
 ) -> None:
     live, _ = tree.split(params, pieces.model.trainable)
+    live = on_host(live, pieces.plan)
+    if not rank.lead():
+        return
     own, given = pieces.origin.tokenizer, pieces.config.model
     words = pieces.data.tokenizer
     overlays.save(

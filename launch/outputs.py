@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from steppe.launch.pods import rank
 from steppe.train import evaluate
 
 # Metric shown first, by task kind.
@@ -27,7 +28,12 @@ HEADLINE = {
 
 
 def write_text(file: Path, text: str) -> Path:
-    """Writes a file by one rename: a kill or a full disk leaves the old one whole."""
+    """Writes a file by one rename: a kill or a full disk leaves the old one whole.
+
+    Of several processes the first one writes.
+    """
+    if not rank.lead():
+        return file
     file.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     try:

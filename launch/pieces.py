@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import numpy as np
 
 from steppe.data import batches as batches_
 from steppe.launch import config as config_
@@ -134,8 +135,7 @@ def build(
         config.batch_size,
         seed=config.seed,
         buckets=setup.buckets(config.data, training=True),
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=rows_here(plan, config.batch_size),
     )
     epoch = batches.steps_per_epoch
     steps = config.steps or max(1, math.ceil(config.epochs * epoch))
@@ -159,6 +159,17 @@ def build(
         epoch,
         base_hash=hashed,
     )
+
+
+def rows_here(plan: mesh.MeshPlan, batch_size: int) -> np.ndarray:
+    """Numbers of the rows of a global batch that the devices of this process hold, ascending.
+
+    A mesh may lay the data axes over the processes in any order, or give several processes
+    the same rows (parameters split over hosts).
+    """
+    held = plan.rows().addressable_devices_indices_map((batch_size,)).values()
+    numbers = np.arange(batch_size)
+    return np.unique(np.concatenate([numbers[index] for index in held if index is not None]))
 
 
 def plan_of(config: FinetuneConfig, bare: Any) -> mesh.MeshPlan:

@@ -104,8 +104,12 @@ class Progress:
         self.close()
 
     def write(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
-        """Shows the numbers of one step; kind is ``"train"`` or ``"eval"``."""
+        """Shows the numbers of one step; kind is ``"train"``, ``"eval"`` or ``"slow"``."""
         if self.console is None:
+            return
+        if kind == "slow":
+            took, usual = values["step_time"], values["median"]
+            self.say(f"step {step:,} took {took:.2f} s, the median is {usual:.3f} s")
             return
         if kind != "train":
             self.say(f"step {step:,} {_split(values)}: {_numbers(values)}")

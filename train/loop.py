@@ -20,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from steppe.train import metrics as metrics_
+from steppe.train import steptime
+from steppe.train import watchdog as watchdog_
 from steppe.train.checkpoint import Checkpoints
 from steppe.train.step import TrainStep
 from steppe.train.types import Metrics, TrainState
@@ -45,7 +47,19 @@ class NonFiniteLoss(ArithmeticError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop; the message says what was saved and how to go on."""
+    """The run was asked to stop; the message says what was saved and how to go on.
+
+    Attributes:
+      status: the exit status of a process that ends by it.
+    """
+
+    status = 130
+
+
+class Preempted(Interrupted):
+    """SIGTERM: whoever runs the machine wants it back; the run should be started again."""
+
+    status = 75
 
 
 def resume(
@@ -80,6 +94,7 @@ def run(
     log_every: int = 10,
     writers: Sequence[Writer] = (),
     schedule: Callable[[int], Any] | None = None,
+    watchdog: float = 0.0,
 ) -> TrainState:
     """Trains until ``state.step == steps``.
 
@@ -95,17 +110,20 @@ def run(
         rows of a resumed run cover the same steps: means over the window of the step's
         metrics, and ``step_time`` [s], ``input_wait`` [s a step in which the device had run
         out of work], ``tokens_per_s`` (attended tokens), ``compile_time`` [s] where a program
-        was compiled.
+        was compiled. A step that took far longer than those before it of the same shape gets
+        a row of kind "slow", see ``steptime``.
       writers: receive the rows.
       schedule: step -> learning rate, for the log.
+      watchdog: seconds that a step (its compilation included), an evaluation or a save may
+        take; beyond, the process ends with status 76, see ``watchdog``. 0 = no limit.
 
     Returns:
       The final state.
 
     Raises:
       NonFiniteLoss: before a state that follows the bad step is saved.
-      Interrupted: Ctrl-C or SIGTERM; the state after the last complete step is saved first.
-        A second Ctrl-C stops at once.
+      Interrupted: Ctrl-C, and Preempted: SIGTERM; the state after the last complete step is
+        saved first. A second Ctrl-C stops at once.
       SaveFailed: a checkpoint could not be written; the earlier ones stand.
       ValueError: steps lies before the state's step, an interval is out of range, or the
         batches come to an end.
@@ -132,7 +150,9 @@ def run(
         for name in ("loss", "grad_norm"):
             if name in found and not math.isfinite(sum(found[name])):
                 raise NonFiniteLoss(_bad(f"{name} is {found[name][0]}", done.step, checkpoints))
-        window.add(done, found)
+        slow = window.add(done, found)
+        if slow is not None:
+            _write(writers, done.step, "slow", slow)
         if flush or done.step % log_every == 0 or done.step == steps:
             row = window.row()
             if schedule is not None:
@@ -147,30 +167,39 @@ def run(
             raise NonFiniteLoss(_bad("a parameter is not finite", step, checkpoints))
         checkpoints.save(state, batches.get_state(), wait=wait)
 
-    with _stop_requests() as stopping, _complete(checkpoints):
+    with (
+        _stop_requests() as stopping,
+        _complete(checkpoints),
+        watchdog_.watching(watchdog) as beat,
+    ):
         for step in range(start + 1, steps + 1):
             with window.waiting(pending):
                 batch = _next(batches, step, steps)
+            beat(f"step {step}")
             compiled, began = train.compiles, time.perf_counter()
             state, metrics = train(state, batch)
             if train.compiles > compiled:  # a dispatch takes no time, a compile does
                 window.compiled(time.perf_counter() - began)
             settle()
-            pending = _Pending(step, metrics, _tokens(batch))
+            pending = _Pending(step, metrics, _tokens(batch), _shape(batch))
             last = step == steps
             scoring = evaluate is not None and (last or (eval_every and step % eval_every == 0))
             saving = last or (save_every and step % save_every == 0)
-            stop = stopping(step) and not last
+            stop = 0 if last else stopping(step)
             if scoring or saving or stop:
                 settle(flush=bool(saving or stop) and checkpoints is not None)
             if scoring and evaluate is not None:
+                beat(f"the evaluation at step {step}")
                 with window.paused():
                     _write(writers, step, "eval", dict(evaluate(state)))
             if saving or stop:
+                beat(f"the save at step {step}")
                 with window.paused():
-                    save(step, wait=stop)
+                    save(step, wait=bool(stop))
             if stop:
-                raise Interrupted(_stopped(step, steps, checkpoints))
+                kind = Preempted if stop == signal.SIGTERM else Interrupted
+                raise kind(_stopped(step, steps, checkpoints))
+            beat("the next batch")
     return state
 
 
@@ -180,6 +209,7 @@ class _Pending(NamedTuple):
     step: int
     metrics: Metrics
     tokens: int
+    shape: tuple[Any, ...]
 
     def ready(self) -> bool:
         """Whether the device is done with it."""
@@ -191,7 +221,13 @@ class _Window:
     """Metrics and times since the last row."""
 
     def __init__(self) -> None:
+        self._outliers = steptime.Outliers()
         self._reset()
+        self._mark()
+
+    def _mark(self) -> None:
+        """A step begins to be timed here; what is known not to be its own is taken off."""
+        self._since_step, self._not_step = time.perf_counter(), 0.0
 
     def _reset(self) -> None:
         self._mean = metrics_.Mean()
@@ -199,13 +235,20 @@ class _Window:
         self._wait = self._compile = self._apart = 0.0
         self._since = time.perf_counter()
 
-    def add(self, done: _Pending, found: Mapping[str, tuple[float, float]]) -> None:
+    def add(
+        self, done: _Pending, found: Mapping[str, tuple[float, float]]
+    ) -> dict[str, float] | None:
+        """Takes in a step whose metrics have come; says how slow it was if it was."""
         self._mean.add(found)
         self._steps += 1
         self._tokens += done.tokens
+        took = time.perf_counter() - self._since_step - self._not_step
+        self._mark()
+        return self._outliers.add(done.shape, took)
 
     def compiled(self, seconds: float) -> None:
         self._compile += seconds
+        self._not_step += seconds
 
     @contextlib.contextmanager
     def waiting(self, pending: _Pending | None) -> Iterator[None]:
@@ -220,7 +263,9 @@ class _Window:
         """Evaluation and saving do not count as step time."""
         begin = time.perf_counter()
         yield
-        self._apart += time.perf_counter() - begin
+        apart = time.perf_counter() - begin
+        self._apart += apart
+        self._not_step += apart
 
     def row(self) -> dict[str, Any]:
         took = time.perf_counter() - self._since - self._compile - self._apart
@@ -254,6 +299,10 @@ def _tokens(batch: Mapping[str, Any]) -> int:
     """Attended tokens of the batch; processes are taken to have as many each."""
     mask = batch.get("attention_mask")
     return int(mask.sum()) * jax.process_count() if isinstance(mask, np.ndarray) else 0
+
+
+def _shape(batch: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(np.shape(value) for value in batch.values())
 
 
 def _bad(what: str, step: int, checkpoints: Checkpoints | None) -> str:
@@ -302,8 +351,9 @@ def _complete(checkpoints: Checkpoints | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _stop_requests() -> Iterator[Callable[[int], bool]]:
-    """Notes Ctrl-C and SIGTERM instead of dying in the middle of a step.
+def _stop_requests() -> Iterator[Callable[[int], int]]:
+    """Notes Ctrl-C and SIGTERM instead of dying in the middle of a step; yields step -> signal, 0
+    for none.
 
     A second one has its usual effect. Outside the main thread signals are left alone. With
     several processes, which must stop at the same step, jax's preemption service is asked;
@@ -312,11 +362,14 @@ def _stop_requests() -> Iterator[Callable[[int], bool]]:
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
-        yield multihost_utils.reached_preemption_sync_point
+        def reached(step: int) -> int:
+            return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else 0
+
+        yield reached
         return
     seen: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield lambda step: False
+        yield lambda step: 0
         return
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
@@ -331,6 +384,6 @@ def _stop_requests() -> Iterator[Callable[[int], bool]]:
     for number in before:
         signal.signal(number, note)
     try:
-        yield lambda step: bool(seen)
+        yield lambda step: seen[0] if seen else 0
     finally:
         restore()

@@ -192,7 +192,8 @@ class _Rows:
         self.rows: list[Mapping[str, Any]] = []
 
     def write(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
-        self.rows.append({"step": step, **values})
+        if kind == "train":
+            self.rows.append({"step": step, **values})
 
     def truncate(self, step: int) -> None:
         """Nothing is resumed within a trial."""

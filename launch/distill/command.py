@@ -17,6 +17,7 @@ from steppe.launch import finetune, scoring
 from steppe.launch.distill import measure, opened, schemes
 from steppe.launch.distill.build import Distilled, build
 from steppe.launch.distill.settings import DistillConfig, read
+from steppe.launch.pods import rank
 from steppe.models import tree
 from steppe.models.tree import Params
 from steppe.train import distill
@@ -31,11 +32,11 @@ def run(config: DistillConfig, command: Sequence[str] = ()) -> dict[str, Any]:
       FileExistsError: the run folder holds another run.
       Interrupted: stopped by Ctrl-C or SIGTERM; saved.
     """
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    config = schemes.resolved(config)
-    finetune.check_folder(config, config.run, fixed, read)
+    config = schemes.resolved(rank.requeued(config))
+    rank.agree("settings", rank.identity(config_.to_dict(config)))
+    console = rank.console()
+    if rank.lead():
+        finetune.check_folder(config, config.run, fixed, read)
     begin = time.perf_counter()
     made = build(config)
     if config.dry_run:

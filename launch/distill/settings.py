@@ -59,6 +59,7 @@ SHARED = (
     "tensorboard",
     "samples",
     "sample_tokens",
+    "watchdog",
     "resume",
     "dry_run",
 )
@@ -125,8 +126,8 @@ class DistillConfig:
       prompt_tokens: lm: tokens of a text that are given, at most half of it.
       max_new_tokens, sample_temperature: of the texts that are written to learn from.
       epochs, steps, batch_size, microbatches, drop, freeze, ema, compute_dtype, mesh, seed,
-        log_every, eval_every, save_every, keep, tensorboard, samples, sample_tokens, resume: as
-        in ``steppe finetune``; replay adapts at every evaluation.
+        log_every, eval_every, save_every, keep, tensorboard, samples, sample_tokens, watchdog,
+        resume: as in ``steppe finetune``; replay adapts at every evaluation.
       dry_run: print the resolved config and what is compared, and stop.
     """
 
@@ -186,6 +187,7 @@ class DistillConfig:
     tensorboard: bool = False
     samples: int = 16
     sample_tokens: int = 64
+    watchdog: float = 0.0
     resume: bool = False
     dry_run: bool = False
 

@@ -267,6 +267,8 @@ def test_a_stop_request_saves_the_last_whole_step_and_says_how_to_go_on(tmp_path
             checkpoints=checkpoints,
             writers=[rows],
         )
+    # Whoever reads the exit status: preempted jobs are to be started again.
+    assert caught.value.status == {signal.SIGTERM: 75, signal.SIGINT: 130}[number]
     assert str(tmp_path) in str(caught.value)
     assert signal.getsignal(number) is before
     assert checkpoints.steps == [5]
