@@ -1,7 +1,8 @@
 """The command line: ``steppe COMMAND ...``.
 
 Every mistake of the user's ends in one line on stderr and exit status 2, without a traceback
-(``STEPPE_DEBUG=1`` shows it). An interrupted run ends with 130 and says how to resume.
+(``STEPPE_DEBUG=1`` shows it). An interrupted run ends with 130 and says how to resume, one
+that SIGTERM stopped with 75; see ``steppe.launch.pods.codes`` for all of them.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import itertools
 import os
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 USAGE = """\
@@ -22,14 +24,25 @@ usage: steppe COMMAND [options]      (steppe COMMAND --help lists the options)
                       one table with a paired test
   merge METHOD BASE MODEL ...
                       several fine-tunes of one base as one model, with a table
+  blackbox            a prompt for a frozen model from forward passes alone (BBT, BBTv2)
+  continual           several tasks one after the other: sequential LoRA, O-LoRA, replay, and
+                      what is left of each task
   evaluate MODEL      evaluate a run or an exported model on any data
   generate MODEL      texts for one prompt or a file of them
   chat MODEL          talk to a model
   assets              list, fetch or check real models and data sets
   report RUN          write the report of a run folder again
+  plan MODEL|RECIPE --on v5p-128
+                      memory, collectives and time of a step on devices that are not here
   sharpness RUN       how sharp the loss is around a run's model, drawn and in numbers
   overlays list       the parameter-efficient methods of finetune --overlay
+  launch OPTIONS COMMAND ...
+                      finetune or distill as several processes of this host
+  submit --to WHERE -- COMMAND ...
+                      the job for slurm, jobset, tpu-vm, skypilot or xpk; --apply hands it in
   papers [NAME]       the systems that steppe implements
+  doctor              what this machine has, what will not work on it, and the cure
+  completion SHELL    a script that completes commands and options in bash, zsh or fish
   bench NAME          benchmarks: finetune, sharpness, merge, distill, generate, ...
   --version           print the versions that matter
 
@@ -38,18 +51,36 @@ recipes: {recipes}; distill: {distillations}; compare: {comparisons}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status (0, 2 for a mistake, 130 when interrupted)."""
+    """Runs one command; returns the exit status (0, 2 for a mistake, 130 when interrupted).
+
+    A rank of several leaves the process where it did not succeed: see ``pods.rank.leave``.
+    """
     args = list(sys.argv[1:] if argv is None else argv)
     if argv is None:  # our own process, not one that calls us as a function
         from steppe.launch import tuning
 
         tuning.prepare()
     try:
+        status = _guarded(args)
+    except BaseException:
+        if argv is None and _rank() is not None:
+            traceback.print_exc()
+            _rank().leave(1)
+        raise
+    if argv is None and _rank() is not None:
+        _rank().leave(status)
+    return status
+
+
+def _guarded(args: list[str]) -> int:
+    try:
         return _dispatch(args)
     except KeyboardInterrupt as stop:
         # The loop raises a subclass whose text says what was saved and how to go on.
-        print(f"steppe: {str(stop) or 'interrupted'}", file=sys.stderr)
-        return 130
+        rank = _rank()
+        if rank is None or rank.lead():
+            print(f"steppe: {str(stop) or 'interrupted'}", file=sys.stderr)
+        return int(getattr(stop, "status", 130))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -67,8 +98,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     ) as error:
         if os.environ.get("STEPPE_DEBUG"):
             raise
-        print(f"steppe: error: {_one_line(error)}", file=sys.stderr)
-        return 2
+        rank = _rank()
+        lost = rank is not None and rank.lost(error)
+        who = "" if rank is None else rank.name()
+        # Below ``steppe launch`` the process that failed by itself has the word.
+        if not (lost and os.environ.get("STEPPE_LAUNCHED")):
+            print(f"steppe: error: {who}{_one_line(error)}", file=sys.stderr)
+        return 69 if lost else 2
+
+
+def _rank() -> Any:
+    """The module of ranks where this process is one of several."""
+    rank = sys.modules.get("steppe.launch.pods.rank")
+    return rank if rank is not None and rank.joined() is not None else None
 
 
 def _one_line(error: BaseException) -> str:
@@ -83,16 +125,23 @@ def _dispatch(args: list[str]) -> int:
         "finetune": _finetune,
         "distill": _distill,
         "quantize": _quantize,
+        "blackbox": _blackbox,
         "compare": _compare,
         "merge": _merge,
+        "continual": _continual,
         "evaluate": _evaluate,
         "generate": _generate,
         "chat": _chat,
         "assets": _assets,
         "report": _report,
+        "plan": _plan,
         "sharpness": _sharpness,
         "overlays": _overlays,
+        "launch": _launch,
+        "submit": _submit,
         "papers": _papers,
+        "doctor": _doctor,
+        "completion": lambda words: _completion(words, list(commands)),
         "bench": _bench,
     }
     if not args or args[0] in ("-h", "--help", "help"):
@@ -154,37 +203,50 @@ def _parse(kind: Any, args: list[str], prog: str, default: Any = None) -> Any:
         raise ValueError(f"{words}; `steppe {prog} --help` lists the options") from None
 
 
-def _finetune(args: list[str]) -> int:
-    from steppe.launch.config import FinetuneConfig
-    from steppe.launch.recipes import RECIPES
+def settings(command: str, args: list[str]) -> Any:
+    """Settings of ``finetune`` or ``distill``; a recipe may stand before them.
 
-    default, prog = FinetuneConfig(), "finetune"
+    Raises:
+      ValueError: an unknown recipe or option, or a value out of range.
+    """
+    default: Any
+    recipes: Mapping[str, Callable[[], Any]]
+    if command == "distill":
+        from steppe.launch.distill import recipes as distillations
+        from steppe.launch.distill.settings import DistillConfig
+
+        default, recipes = DistillConfig(), distillations.RECIPES
+    else:
+        from steppe.launch import recipes as finetunings
+        from steppe.launch.config import FinetuneConfig
+
+        default, recipes = FinetuneConfig(), finetunings.RECIPES
+    prog = command
     if args and not args[0].startswith("-"):
-        if args[0] not in RECIPES:
-            raise ValueError(_unknown("recipe", args[0], RECIPES))
-        default, prog = RECIPES[args[0]](), f"finetune {args[0]}"
+        if args[0] not in recipes:
+            raise ValueError(_unknown("recipe", args[0], recipes))
+        default, prog = recipes[args[0]](), f"{command} {args[0]}"
         args = args[1:]
-    config = _parse(FinetuneConfig, args, prog, default)
-    from steppe.launch import finetune
+    return _parse(type(default), args, prog, default)
 
-    finetune.run(config, command=["steppe", *prog.split(), *args])
+
+def _finetune(args: list[str]) -> int:
+    config = settings("finetune", args)
+    from steppe.launch import finetune
+    from steppe.launch.pods import rank
+
+    rank.join()
+    finetune.run(config, command=["steppe", "finetune", *args])
     return 0
 
 
 def _distill(args: list[str]) -> int:
-    from steppe.launch.distill.recipes import RECIPES
-    from steppe.launch.distill.settings import DistillConfig
-
-    default, prog = DistillConfig(), "distill"
-    if args and not args[0].startswith("-"):
-        if args[0] not in RECIPES:
-            raise ValueError(_unknown("recipe", args[0], RECIPES))
-        default, prog = RECIPES[args[0]](), f"distill {args[0]}"
-        args = args[1:]
-    config = _parse(DistillConfig, args, prog, default)
+    config = settings("distill", args)
     from steppe.launch.distill import command
+    from steppe.launch.pods import rank
 
-    command.run(config, command=["steppe", *prog.split(), *args])
+    rank.join()
+    command.run(config, command=["steppe", "distill", *args])
     return 0
 
 
@@ -209,6 +271,16 @@ def _compare(args: list[str]) -> int:
     from steppe.launch.merge import study
 
     study.run(config, command=words)
+    return 0
+
+
+def _continual(args: list[str]) -> int:
+    from steppe.launch.continual.settings import ContinualConfig
+
+    config = _parse(ContinualConfig, args, "continual")
+    from steppe.launch.continual import command
+
+    command.run(config, command=["steppe", "continual", *args])
     return 0
 
 
@@ -241,6 +313,19 @@ def _quantize(args: list[str]) -> int:
     from steppe.launch.quantize import command
 
     command.run(config, command=["steppe", "quantize", *args])
+    return 0
+
+
+def _blackbox(args: list[str]) -> int:
+    from steppe.launch.blackbox.settings import BlackboxConfig
+
+    # The source is what one says of the data first.
+    short = [word.replace("--data=", "--data.source=", 1) for word in args]
+    short = ["--data.source" if word == "--data" else word for word in short]
+    config = _parse(BlackboxConfig, short, "blackbox")
+    from steppe.launch.blackbox import command
+
+    command.run(config, command=["steppe", "blackbox", *args])
     return 0
 
 
@@ -307,33 +392,9 @@ def _report(args: list[str]) -> int:
         wants_help = bool(args) and args[0] in ("-h", "--help")
         print("usage: steppe report RUN      writes RUN/report.html from what the run left")
         return 0 if wants_help else 2
-    from rich.console import Console
+    from steppe.launch.report import again
 
-    from steppe.launch import report
-
-    run = Path(args[0])
-    if not run.is_dir():
-        raise FileNotFoundError(f"run folder {run} does not exist")
-    if (run / "runs.jsonl").is_file():
-        from steppe.launch.compare import command, table
-
-        Console().print(table.rich_table(command.report(run)))
-        print(run / "report.html")
-        return 0
-    if (run / "merges.jsonl").is_file():
-        from steppe.launch.merge import study, study_table
-
-        Console().print(study_table.rich_table(study.report(run)))
-        print(run / "report.html")
-        return 0
-    if (run / "merge.json").is_file():
-        from steppe.launch.merge import command as merging
-
-        print(merging.report(run))
-        return 0
-    file = report.write(run)
-    Console().print(report.summary(run))
-    print(file)
+    print(again.write(Path(args[0])))
     return 0
 
 
@@ -348,6 +409,25 @@ def _sharpness(args: list[str]) -> int:
     return 0
 
 
+def _plan(args: list[str]) -> int:
+    from steppe.launch.distill.recipes import RECIPES as DISTILLATIONS
+    from steppe.launch.plan import settings
+    from steppe.launch.recipes import RECIPES
+
+    default, prog = settings.PlanConfig(), "plan"
+    if args and not args[0].startswith("-"):
+        recipe = {**RECIPES, **DISTILLATIONS}.get(args[0])
+        if recipe is not None:
+            default, prog, args = settings.of_recipe(recipe()), f"plan {args[0]}", args[1:]
+        else:
+            args = _model_first(args)
+    config = _parse(settings.PlanConfig, args, prog, default)
+    from steppe.launch.plan import command
+
+    command.run(config)
+    return 0
+
+
 def _overlays(args: list[str]) -> int:
     if args != ["list"]:
         print("usage: steppe overlays list")
@@ -358,10 +438,34 @@ def _overlays(args: list[str]) -> int:
     return 0
 
 
+def _launch(args: list[str]) -> int:
+    from steppe.launch.pods import local
+
+    return local.main(args)
+
+
+def _submit(args: list[str]) -> int:
+    from steppe.launch.pods import submit
+
+    return submit.main(args)
+
+
 def _papers(args: list[str]) -> int:
     from steppe.launch import papers
 
     return papers.main(args)
+
+
+def _doctor(args: list[str]) -> int:
+    from steppe.launch import doctor
+
+    return doctor.main(args)
+
+
+def _completion(args: list[str], commands: Sequence[str]) -> int:
+    from steppe.launch import completion
+
+    return completion.main(args, commands)
 
 
 def _bench(args: list[str]) -> int:

@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from steppe.launch import setup
 from steppe.models import pretrained, tree
@@ -18,13 +20,21 @@ from steppe.models.heads import HeadConfig
 from steppe.models.overlays import (
     Overlay,
     adapter,
+    added_prompt,
     bitfit,
     compacter,
     compose,
     files,
     ia3,
+    idpg,
     lora,
+    loramoe,
+    lpt,
+    mp2,
+    o_lora,
+    plugat,
     prefix,
+    prefix_fixed,
     prompt,
     residual_prompt,
     unipelt,
@@ -33,10 +43,61 @@ from steppe.models.overlays.overlay import BASE, OVERLAY
 from steppe.models.tree import Params
 from steppe.train.checkpoint import fingerprint
 
+
+def fixed_prefixes(
+    *, folders: str = "", lengths: Sequence[int] = (10,), attentions: Sequence[str] = ("attn",)
+) -> Overlay:
+    """The overlay of prefixes that runs with ``--overlay prefix`` have saved.
+
+    Args:
+      folders: of those runs, joined by ``+``; empty = of these lengths, as a saved one is.
+
+    Raises:
+      FileNotFoundError: a folder holds no overlay.
+      ValueError: an overlay that is no prefix, prefixes of several bases; from ``init``, a base
+        that they do not belong to.
+    """
+    if not folders:
+        return prefix_fixed.overlay(lengths=lengths, attentions=attentions)
+    found, hashes = [], []
+    for name in folders.split("+"):
+        folder = Path(name)
+        saved = files.load(folder / "model" if is_overlay(folder / "model") else folder)
+        if saved.name != "prefix":
+            raise ValueError(f"folders must be runs with one prefix each, {name} has {saved.name}")
+        delta = saved.params[OVERLAY]
+        found.append(prefix.fold(delta) if saved.settings["hidden"] else delta)
+        hashes.append(saved.base["hash"])
+        if hashes[-1] != hashes[0]:
+            raise ValueError(f"the prefix of {name} is of another base than that of {folders}")
+    rows = tuple(prefix_fixed.length_of(one) for one in found)
+    names = tuple(n.removesuffix(f".{prefix.SITE}") for n in found[0][tree.STACK])
+    made = prefix_fixed.overlay(lengths=rows, attentions=names, prefixes=found)
+
+    def init(key: Any, params: Params) -> Params:
+        leaves = jax.tree.leaves(params)
+        known = all(isinstance(a, jax.Array | np.ndarray) for a in leaves)
+        known = known and not any(isinstance(a, jax.core.Tracer) for a in leaves)
+        # The parameters are values even where the delta is made inside a compiled function.
+        with jax.ensure_compile_time_eval():
+            other = known and base_hash(params) != hashes[0]
+        if other:
+            raise ValueError(
+                f"the prefixes of {folders} belong to other parameters than this model's; take "
+                "the model that they were trained on"
+            )
+        return made.init(key, params)
+
+    return dataclasses.replace(made, init=init)
+
+
 KNOWN: dict[str, Callable[..., Overlay]] = {
     "lora": lora.overlay,
+    "o-lora": o_lora.overlay,
+    "loramoe": loramoe.overlay,
     "prefix": prefix.overlay,
     "prompt": prompt.overlay,
+    "added-prompt": added_prompt.overlay,
     "residual-prompt": residual_prompt.overlay,
     "houlsby": functools.partial(adapter.overlay, kind="houlsby"),
     "pfeiffer": functools.partial(adapter.overlay, kind="pfeiffer"),
@@ -45,7 +106,15 @@ KNOWN: dict[str, Callable[..., Overlay]] = {
     "bitfit": bitfit.overlay,
     "compacter": compacter.overlay,
     "unipelt": unipelt.overlay,
+    "idpg": idpg.overlay,
+    "lpt": lpt.overlay,
+    "mp2": mp2.overlay,
+    "plugat": plugat.overlay,
+    "prefix-fixed": fixed_prefixes,
 }
+
+# Settings that are several whole numbers; other settings of several values are names.
+NUMBERS = ("ids", "after", "lengths")
 
 
 def parse(texts: Sequence[str]) -> Overlay:
@@ -55,6 +124,7 @@ def parse(texts: Sequence[str]) -> Overlay:
 
     Raises:
       ValueError: an unknown overlay or setting, or a value that it cannot have.
+      FileNotFoundError: prefixes to be combined that are not there.
     """
     made = []
     for text in texts:
@@ -72,6 +142,8 @@ def parse(texts: Sequence[str]) -> Overlay:
                     f"{', '.join(known)}, each once"
                 )
             values[key] = _value(key, value, known[key], text)
+        if KNOWN[name] is fixed_prefixes and not values.get("folders"):
+            raise ValueError(f"overlay {name} needs folders=RUN+RUN, runs with --overlay prefix")
         made.append(KNOWN[name](**values))
     return made[0] if len(made) == 1 else compose(*made)
 
@@ -90,7 +162,7 @@ def _value(key: str, text: str, default: Any, where: str) -> Any:
             return {"true": True, "false": False}[text.lower()]
         if isinstance(default, tuple):
             items = text.split("/")
-            return tuple(int(i) for i in items) if key == "ids" else tuple(items)
+            return tuple(int(i) for i in items) if key in NUMBERS else tuple(items)
         if isinstance(default, int):
             return int(text)
         return text if isinstance(default, str) else float(text)
@@ -201,6 +273,8 @@ def show() -> str:
     lines = []
     for name, make in KNOWN.items():
         module = inspect.getmodule(getattr(make, "func", make))
+        if make is fixed_prefixes:
+            module = prefix_fixed
         about = (inspect.getdoc(module) or "").split("\n")[0]
         settings = ", ".join(f"{k}={_shown(v)}" for k, v in settings_of(name).items())
         lines.append(f"{name:16} {about}\n{'':16} {settings or 'no settings'}")

@@ -346,8 +346,8 @@ def student(
         )
         made = keep_units(*made, best(scores, ffn_width))
     if width is not None:
-        size = (config.width,)
-        scores = _scores(channel_importance, channel_scores, made, size, "channel_importance")
+        whole = (config.width,)
+        scores = _scores(channel_importance, channel_scores, made, whole, "channel_importance")
         made = keep_channels(*made, best(scores, width))
     if layers is not None:
         if isinstance(layers, int):

@@ -21,6 +21,9 @@ BENCHES = {
     "distill-step": ("steppe.launch.bench.distill_step", "DistillStepBench"),
     "quantize": ("steppe.launch.bench.quantize", "QuantizeBench"),
     "merge": ("steppe.launch.bench.merge", "MergeBench"),
+    "plan": ("steppe.launch.bench.plan", "PlanBench"),
+    "overlays": ("steppe.launch.bench.overlays", "OverlaysBench"),
+    "few-shot": ("steppe.launch.bench.few_shot", "FewShotBench"),
 }
 USAGE = f"usage: steppe bench {{{','.join(BENCHES)}}} [options]   (--help lists the options)"
 

@@ -7,6 +7,7 @@ OUT/quantize.json, report.html
 
 from __future__ import annotations
 
+import functools
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -179,9 +180,8 @@ def _speed(
     programs = {}
     for name, (model, own) in runs.items():
         fn = jax.jit(lambda p, b, e, model=model: model.apply(p, b, embeds=e).logits)
-        programs[name] = harness.timed(
-            lambda fn=fn, own=own: fn(own, dict(batch), embeds), jax.block_until_ready
-        )
+        once = functools.partial(fn, own, dict(batch), embeds)
+        programs[name] = harness.timed(once, jax.block_until_ready)
     times = harness.interleave(programs, harness.Protocol(1, config.speed, 1))
     return {
         "rows": rows,

@@ -12,11 +12,18 @@ from steppe.models.encoder import EncoderConfig
 from steppe.models.heads import HeadConfig
 from steppe.models.overlays import (
     adapter,
+    added_prompt,
     bitfit,
     compacter,
     compose,
     ia3,
+    idpg,
     lora,
+    loramoe,
+    lpt,
+    mp2,
+    o_lora,
+    plugat,
     prefix,
     prompt,
     unipelt,
@@ -31,14 +38,29 @@ OVERLAYS = {
         lora.overlay(rank=2, sites=DENSE, alpha=4.0),
         lora.overlay(rank=0, sites=DENSE),
     ),
+    "o-lora": (o_lora.overlay(tasks=2, rank=2), None),
+    "loramoe": (
+        loramoe.overlay(experts=2, rank=2, drop=0.0),
+        loramoe.overlay(experts=2, rank=0),
+    ),
     "ia3 and bitfit": (compose(ia3.overlay(), bitfit.overlay()),) * 2,
     "prompt and prefix": (
         compose(prompt.overlay(length=2), prefix.overlay(length=2, hidden=4)),
         None,
     ),
+    "added prompt": (added_prompt.overlay(length=2, ids=(5, 6, 7)), None),
     "houlsby": (adapter.overlay(kind="houlsby", width=4), None),
     "compacter": (compacter.overlay(n=2, reduction=4), None),
     "unipelt": (unipelt.overlay(rank=2, length=2, reduction=4), None),
+    "idpg": (idpg.overlay(length=2, bottleneck=4, n=2, drop=0.0), idpg.overlay(length=0, n=2)),
+    "late prompt": (lpt.overlay(layer=1, length=2, bottleneck=4, kind="appg", drop=0.0), None),
+    "mp2 and plugat": (
+        compose(
+            mp2.overlay(modules=3, length=2, intrinsic=4, deep=True, sample=False, ids=(5, 6)),
+            plugat.overlay(length=2, hidden=4),
+        ),
+        None,
+    ),
 }
 CONFIG = EncoderConfig(
     "bert",

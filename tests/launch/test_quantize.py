@@ -161,6 +161,8 @@ def test_page_table_and_evaluation(done, world, capsys):
     again = json.loads((out / "quantize.json").read_text())
     page = (out / "report.html").read_text()
     assert page == quantizing.render(again, out)
+    assert cli.main(["report", str(out)]) == 0
+    assert (out / "report.html").read_text() == page
     assert "<script" not in page
     assert page.count("<svg") == 5  # scores, sizes, kernels, two games
     cells = table.lines(found)

@@ -228,7 +228,7 @@ def split_prompts(batch: Mapping[str, Any]) -> tuple[np.ndarray, list[list[int]]
     if batch.get("label_mask") is not None:
         counts = counts & (np.asarray(batch["label_mask"]) > 0)
     real = np.asarray(batch.get("attention_mask", np.ones_like(ids))) != 0
-    prompts = []
+    prompts: list[list[int]] = []
     for row in range(len(ids)):
         if not counts[row].any():
             if real[row].sum() <= 1:
