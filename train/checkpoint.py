@@ -5,8 +5,12 @@ has been written whole, so a kill or a full disk leaves the earlier ones as they
 parameters are not written again with every checkpoint: its metadata hold their fingerprint,
 and a resume on another base is refused.
 
-Layout: ``DIR/manifest.json`` (what the run is), ``DIR/<step>/`` (Orbax; leaves by path, and
-the shape and dtype of each in its metadata).
+What is read is checked against the fingerprint of what was written, on the devices and for any
+mesh. A checkpoint that does not hold it, or cannot be read, is set aside, with a warning, and the
+one before is taken.
+
+Layout: ``DIR/manifest.json`` (what the run is), ``DIR/<step>/`` (Orbax; leaves by path; in its
+metadata the shape and dtype of each, the fingerprints, and a hash of all these).
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import math
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,10 +40,15 @@ FORMAT = 1
 COMMITTED = "_CHECKPOINT_METADATA"
 PARTIAL = ".orbax-checkpoint-tmp"
 DELETING = ".deleting-"
+ASIDE = ".damaged"
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used here; the message says why and what to do."""
+
+
+class Damaged(CheckpointError):
+    """A checkpoint that does not hold what was written, or cannot be read at all."""
 
 
 class SaveFailed(OSError):
@@ -123,7 +133,9 @@ class Checkpoints:
             "data": dict(data or {}),
             "base": self._fingerprint(state.frozen),
             "layout": {path: _describe(leaf) for path, leaf in leaves.items()},
+            "content": _hash_of(leaves),
         }
+        meta["seal"] = _seal(meta)
         written = {path: leaf for path, leaf in leaves.items() if math.prod(leaf.shape)}
         with self._failures(step):
             self._open()
@@ -159,27 +171,47 @@ class Checkpoints:
         Args:
           like: a state of the same run, arrays or abstract (``step.abstract``), on any mesh;
             its ``frozen``, which must be arrays, is taken over.
-          step: which one; None = the newest.
+          step: which one; None = the newest that is not damaged.
 
         Returns:
           (state, data iterator's state).
 
         Raises:
-          CheckpointError: there is none, it is damaged, its leaves differ from ``like``, or
-            the frozen parameters are not those it was trained on.
+          CheckpointError: there is none, its leaves differ from ``like``, or the frozen
+            parameters are not those it was trained on. Damaged: it is, and either it was asked
+            for or there is none before it.
         """
         self.wait()
         there = self.steps
-        step = max(there, default=None) if step is None else step
-        if step is None or step not in there:
+        if not there or (step is not None and step not in there):
             known = ", ".join(map(str, there)) or "none"
             wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
             raise CheckpointError(f"no {wanted} in {self.directory}; steps there: {known}")
+        if step is not None:
+            return self._read(like, step)
+        for newest in reversed(there):
+            try:
+                return self._read(like, newest)
+            except Damaged as error:
+                # Several processes might not agree about what they can read.
+                if newest == there[0] or jax.process_count() > 1:
+                    raise
+                aside = self.directory / f"{newest}{ASIDE}"
+                shutil.rmtree(aside, ignore_errors=True)
+                (self.directory / str(newest)).rename(aside)
+                warnings.warn(f"{error}; it is now {aside.name}", stacklevel=2)
+        raise AssertionError("unreachable")
+
+    def _read(self, like: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
         leaves = _stored(like)
         file = self.directory / str(step)
         with _readable(file):
             meta = dict(_orbax().metadata(file, checkpointable_name="state").custom_metadata)
             layout, base, data = meta["layout"], meta["base"], meta["data"]
+            # Those of older versions have neither.
+            seal, content = meta.pop("seal", None), meta.get("content")
+            if seal is not None and seal != _seal(meta):
+                raise ValueError("its metadata are not those that were written")
         for path in (*leaves, *layout):
             want = _describe(leaves[path]) if path in leaves else "nothing"
             if layout.get(path, "nothing") != want:
@@ -196,6 +228,8 @@ class Checkpoints:
         abstract = {p: _abstract(leaf) for p, leaf in leaves.items() if math.prod(leaf.shape)}
         with _readable(file):
             found = _orbax().load(file, abstract, checkpointable_name="state")
+            if content is not None and content != _hash_of(found):
+                raise ValueError("its arrays are not those that were written")
         return _unstored(like, found), data
 
     def close(self) -> None:
@@ -293,12 +327,23 @@ def fingerprint(params: Any) -> str:
     for path, leaf in flat.items():
         if isinstance(leaf, jax.ShapeDtypeStruct):
             raise ValueError(f"the parameter at {path!r} is a shape; give the loaded array")
+    return _hash_of(flat)
+
+
+def _hash_of(flat: Mapping[str, Any]) -> str:
+    """That of leaves by path; those without elements do not count."""
     sums = _sums({path: leaf for path, leaf in flat.items() if math.prod(leaf.shape)})
     digest = hashlib.sha256()
     for path, value in sorted(jax.device_get(sums).items()):
         leaf = flat[path]
         digest.update(f"{path} {tuple(leaf.shape)} {leaf.dtype} {int(value)}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def _seal(meta: Mapping[str, Any]) -> str:
+    """A hash of metadata that survives their way through JSON."""
+    text = json.dumps(json.loads(json.dumps(dict(meta))), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @jax.jit
@@ -357,9 +402,8 @@ def _readable(file: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise CheckpointError(
-            f"checkpoint {file} cannot be read; remove it to use the one before "
-            f"({_one_line(error)})"
+        raise Damaged(
+            f"checkpoint {file} is damaged and cannot be used ({_one_line(error)})"
         ) from error
 
 
