@@ -116,6 +116,11 @@ def open_all(config: BlackboxConfig) -> Opened:
             f"{origin.name} is of kind {kind}; steppe blackbox searches prompts of encoders and "
             "decoders"
         )
+    if config.words and kind != "decoder":
+        raise ValueError(
+            f"words={config.words[0]} ... are what a decoder says next; {origin.name} is an "
+            "encoder, whose classes are means of the shots: leave words out"
+        )
     tokenizer = setup.fitting(config.data, origin, bare)
     assert tokenizer is not None
     found = setup.records(config.data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -94,6 +95,22 @@ class ContinualConfig:
         for name, least in (("epochs", 1), ("batch_size", 1), ("rank", 1), ("memory", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
+        for name in ("alpha", "lambda1", "lambda2"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be >= 0 and finite, got {value}")
+        if not 0 <= self.drop < 1:
+            raise ValueError(f"drop must be in [0, 1), got {self.drop}")
+        if self.power not in (1, 2):
+            raise ValueError(f"power must be 1 or 2, got {self.power}")
+        if self.log_every < 1:
+            raise ValueError(f"log_every must be >= 1, got {self.log_every}")
+        if not 0 < self.optim.learning_rate < math.inf:
+            raise ValueError(
+                f"optim.learning_rate must be > 0 and finite, got {self.optim.learning_rate}"
+            )
+        for seed in self.seeds:
+            self.finetune(seed)
         if self.data.source:
             raise ValueError(f"data.source={self.data.source!r} is not used here: see tasks")
         if self.data.task not in ("classification", "pair"):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -36,7 +37,7 @@ def counted(config: PlanConfig, mesh: Mapping[str, int]) -> Counts:
     """Compiles the step for a mesh in a fresh process and counts what one device does.
 
     Raises:
-      RuntimeError: the process failed; its last lines.
+      RuntimeError: the process failed (what it said last), or took too long.
     """
     sizes, cut = _reduced(mesh)
     values = to_dict(config)
@@ -45,17 +46,26 @@ def counted(config: PlanConfig, mesh: Mapping[str, int]) -> Counts:
     values["mesh"], values["on"], values["slices"] = "", f"cpu-{math.prod(sizes.values())}", 1
     with tempfile.TemporaryDirectory(prefix="steppe-plan-") as scratch:
         task = json.dumps({"config": values, "mesh": sizes, "scratch": scratch})
-        done = subprocess.run(
-            [sys.executable, "-m", __name__],
-            input=task,
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT,
-            env=_environment(math.prod(sizes.values()), scratch),
-        )
+        devices = math.prod(sizes.values())
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", __name__],
+                input=task,
+                capture_output=True,
+                text=True,
+                timeout=TIMEOUT,
+                env=_environment(devices, scratch),
+            )
+        except subprocess.TimeoutExpired as error:
+            raise RuntimeError(
+                f"the step did not compile for {devices} devices within {TIMEOUT:g} s: give "
+                "--no-compiled, or a mesh with fewer devices on its model axis"
+            ) from error
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
-        raise RuntimeError(f"the step could not be compiled: {' '.join(lines[-3:])}")
+        # The line of the exception; jax writes a note about its frames behind it.
+        said = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Exit)\b", line)]
+        raise RuntimeError(f"the step could not be compiled: {' '.join((said or lines)[-1:])}")
     found = count.from_dict(json.loads(done.stdout.splitlines()[-1]))
     if cut > 1:
         found.collectives = [_restored(c, sizes["data"], cut) for c in found.collectives]

@@ -48,7 +48,7 @@ def tpu_vm(spec: JobSpec) -> str:
         "while :; do",
         f"  {ssh}",
         "  status=$?",
-        f"  case $status in {'|'.join(map(str, AGAIN))}|255) ;; *) break ;; esac",
+        f"  case $status in {'|'.join(map(str, (*AGAIN, *codes.KILLED)))}|255) ;; *) break ;; esac",
         f'  if [ "$starts" -ge {spec.restarts} ]; then break; fi',
         "  starts=$((starts + 1))",
         '  echo "steppe: the ranks ended with $status: start $starts again" >&2',
@@ -80,7 +80,7 @@ def skypilot(spec: JobSpec) -> str:
         resources["use_spot"] = True
     resources["job_recovery"] = {
         "max_restarts_on_errors": 0,
-        "recover_on_exit_codes": list(AGAIN),
+        "recover_on_exit_codes": [*AGAIN, *codes.KILLED],
     }
     run = ["set -e"]
     if spec.slice is None:  # on TPU VMs jax asks the machine itself

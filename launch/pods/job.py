@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 import shlex
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ Target = Literal["slurm", "jobset", "tpu-vm", "skypilot", "xpk"]
 TARGETS: tuple[str, ...] = get_args(Target)
 COMMANDS = ("finetune", "distill")
 PORT = 8476
+YEAR = 8760
 AGAIN = (codes.LOST, codes.REQUEUE, codes.HUNG)
 # Names of GPUs: SLURM's gres, SkyPilot's accelerators and device types have them alike.
 _GPU = re.compile(r"([A-Za-z][\w.-]*):(\d+)")
@@ -98,8 +98,16 @@ class JobSpec:
             raise ValueError(
                 f"restarts and grace must be >= 0, got {self.restarts} and {self.grace}"
             )
-        if not 0 < self.hours < math.inf:
-            raise ValueError(f"hours must be > 0 and finite, got {self.hours}")
+        if not 0 < self.hours <= YEAR:
+            raise ValueError(f"hours must be > 0 and at most {YEAR} (a year), got {self.hours}")
+        for field, most in (("cpus", 4096), ("memory_gib", 65536), ("nodes", 100_000)):
+            if getattr(self, field) > most:
+                raise ValueError(f"{field} must be at most {most}, got {getattr(self, field)}")
+        if self.cpus and self.cpus % self.processes:
+            raise ValueError(
+                f"cpus={self.cpus} cannot be shared by processes={self.processes} equally; "
+                "give a multiple"
+            )
         if self.grace >= 3600 * self.hours:
             raise ValueError(
                 f"grace={self.grace} s leaves nothing of hours={self.hours}: the job would be "

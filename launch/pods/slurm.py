@@ -3,12 +3,15 @@
 SIGTERM reaches the ranks ``grace`` seconds before the time is over or the job is preempted;
 they save and end with 75, and the script puts the job back into the queue. The same goes for
 ranks that were killed, that lost another, or that the watchdog ended; any other failure, such as
-a wrong setting, ends the job with its own status.
+a wrong setting, ends the job with its own status. srun kills the other ranks when one fails and
+tells the highest status alone, that of the killed: so every rank that fails leaves its own in a
+file beside the log.
 """
 
 from __future__ import annotations
 
 import math
+import shlex
 
 from steppe.launch.pods import codes
 from steppe.launch.pods.job import AGAIN, JobSpec
@@ -39,16 +42,22 @@ def render(spec: JobSpec) -> str:
     # srun does not take this from sbatch.
     cpus = f"--cpus-per-task={options['cpus-per-task']} " if spec.cpus else ""
     statuses = "|".join(map(str, AGAIN))
+    # A shell between: it waits for its rank to save on SIGTERM, which "trap :" does not pass on.
+    rank = 'trap : TERM; "$@"; s=$?; [ $s -eq 0 ] || echo $s >> "$0"; exit $s'
+    lines += ["ends=$PWD/.steppe-${SLURM_JOB_ID:-0}.${SLURM_RESTART_COUNT:-0}", 'rm -f "$ends"']
     lines += [
         "# srun would kill the ranks on a SIGTERM of its own: they are to save first.",
         "trap 'scancel --signal=TERM \"$SLURM_JOB_ID\"' TERM",
-        f"srun --kill-on-bad-exit=1 {cpus}{spec.line()} &",
+        f'srun --kill-on-bad-exit=1 {cpus}bash -c {shlex.quote(rank)} "$ends" {spec.line()} &',
         "step=$!",
         'wait "$step"; status=$?',
         'while kill -0 "$step" 2>/dev/null; do wait "$step"; status=$?; done',
         "",
-        f"case $status in {statuses}) again=1 ;; *) again=0 ;; esac",
-        f'if [ "$status" -gt 128 ] && [ "$status" -ne {codes.INTERRUPTED} ]; then again=1; fi',
+        f"again() {{ case $1 in {statuses}) true ;; {codes.INTERRUPTED}) false ;; "
+        '*) [ "$1" -gt 128 ] ;; esac; }',
+        'for own in $(cat "$ends" 2>/dev/null); do again "$own" || status=$own; done',
+        'rm -f "$ends"',
+        'if again "$status"; then again=1; else again=0; fi',
         f'if [ "$again" -eq 1 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {spec.restarts} ]; then',
         '  echo "steppe: the ranks ended with $status: back into the queue"',
         '  scontrol requeue "$SLURM_JOB_ID" && sleep 60  # this script ends here',

@@ -1,4 +1,7 @@
-"""``steppe report FOLDER``: the page of any folder that a command has left, written again."""
+"""``steppe report FOLDER``: the page of any folder that a command has left, written again.
+
+A stream of tasks has a table and no page.
+"""
 
 from __future__ import annotations
 
@@ -65,6 +68,24 @@ def _quantization(folder: Path) -> Path:
     return folder / PAGE
 
 
+def _continual(folder: Path) -> Path:
+    from rich.console import Console
+
+    from steppe.launch.continual import table
+
+    file = folder / "results.json"
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{folder} holds no finished task yet: go on with --resume"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error})") from error
+    Console().print(table.rich_table(found))
+    return file
+
+
 def _run(folder: Path) -> Path:
     from rich.console import Console
 
@@ -81,4 +102,5 @@ KINDS: dict[str, Callable[[Path], Path]] = {
     "merges.jsonl": _merges,
     "merge.json": _merge,
     "quantize.json": _quantization,
+    "stages.jsonl": _continual,
 }

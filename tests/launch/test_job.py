@@ -106,7 +106,8 @@ def test_words_and_environment_survive_every_shell_on_the_way(tools):
     more = {"workdir": str(workdir), "env": ENV}
 
     make("srun", 'shift; exec "$@"')
-    assert run(slurm.render(spec("slurm", **more))).returncode == 0
+    done = run(slurm.render(spec("slurm", **more)))
+    assert done.returncode == 0, done.stderr
     first, second = calls()
     assert first["words"][:2] == ["srun", "--kill-on-bad-exit=1"]
     check_call(second, workdir)
@@ -172,6 +173,17 @@ def test_slurm_puts_back_what_may_go_on_and_keeps_the_status(tools, status, rest
     assert (["scontrol", "requeue", "7"] in [c["words"] for c in calls()]) == requeued
 
 
+def test_a_mistake_of_one_rank_is_the_status_of_the_job(tools):
+    """srun tells that of the rank which it killed for it."""
+    make, run, calls, _, root = tools
+    make("srun", 'shift; "$@"; exit 143')
+    make("steppe", "exit 2")
+    done = run(slurm.render(spec()), SLURM_JOB_ID="7")
+    assert done.returncode == 2
+    assert not [c for c in calls() if c["words"][0] == "scontrol"]
+    assert not list(root.glob(".steppe-*"))
+
+
 def test_the_header_says_what_was_asked_for():
     text = slurm.render(
         spec(
@@ -201,7 +213,8 @@ def test_the_header_says_what_was_asked_for():
         "open-mode=append",
         "requeue",
     ]
-    assert "srun --kill-on-bad-exit=1 --cpus-per-task=24 steppe finetune" in text
+    assert "srun --kill-on-bad-exit=1 --cpus-per-task=24 bash -c " in text
+    assert ' "$ends" steppe finetune' in text
 
 
 def test_tpu_vm_starts_again_where_that_may_help(tools):
@@ -317,6 +330,9 @@ def test_kubectl_reads_the_pods(tmp_path):
         ("slurm", {"processes": 3}, "processes=3 cannot share the 8 GPUs"),
         ("slurm", {"accelerator": "v5p-128", "nodes": 0}, "slurm has no TPU slices"),
         ("slurm", {"hours": 0}, "hours must be > 0"),
+        ("slurm", {"hours": 1e300}, "hours must be > 0 and at most 8760"),
+        ("slurm", {"cpus": 4, "processes": 8}, "cpus=4 cannot be shared by processes=8"),
+        ("slurm", {"memory_gib": 99999999}, "memory_gib must be at most"),
         ("slurm", {"grace": 7200, "hours": 2}, "leaves nothing of hours=2"),
         ("slurm", {"name": "My job"}, "small letters, digits and dashes"),
         ("slurm", {"env": ("1A=x",)}, "env must hold NAME=VALUE, got '1A=x'"),
