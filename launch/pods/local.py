@@ -189,7 +189,7 @@ class _Rank:
         self.index = index
         self.lines: collections.deque[str] = collections.deque(maxlen=TAIL)
         piped = subprocess.PIPE if index else None
-        # A session of its own: Ctrl-C reaches the ranks through us, once.
+        # A process group of its own: Ctrl-C reaches the ranks through us, once.
         self.process = subprocess.Popen(
             command,
             env=dict(env),
