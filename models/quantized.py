@@ -228,12 +228,14 @@ def quantize(params: Params, rules: QuantRules) -> Params:
     """
     own, extra = unquant(params)
     chosen = resolve(own, rules)
-    found = {}
+    found: dict[str, Any] = {}
     for path, config in chosen.items():
         if config.w_bits != fq.BYPASS:
             w = smoothed(own, path, config, extra)
             check_finite(w, path)
             found[path] = fq.quantize(w, config.w_bits, group=config.group)._asdict()
+        elif config.smooth:
+            found[path] = smoothed(own, path, config, extra)
     return requant(tree.replace(own, found), extra)
 
 

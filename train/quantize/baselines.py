@@ -73,12 +73,14 @@ def each_kernel(
 ) -> Params:
     """``params`` with ``fn(kernel, path, config)`` in place of every kernel that is rounded."""
     own, extra = quantized.unquant(params)
-    made = {}
+    made: dict[str, Any] = {}
     for path, config in quantized.resolve(own, rules).items():
         if config.w_bits != fq.BYPASS:
             w = quantized.smoothed(own, path, config, extra).astype(jnp.float32)
             quantized.check_finite(w, path)
             made[path] = fn(w, path, config)._asdict()
+        elif config.smooth:
+            made[path] = quantized.smoothed(own, path, config, extra)
     return quantized.requant(tree.replace(own, made), extra)
 
 
