@@ -275,3 +275,17 @@ def test_bad_input(grams):
         quantize.smooth(PARAMS, {}, QuantConfig(smooth=True))
     with pytest.raises(ValueError, match="no layer with smooth=True"):
         quantize.awq(PARAMS, grams, W3A8)
+
+
+def test_smoothing_reaches_kernels_that_stay_in_float():
+    rules = quantized.rules(quantized.parse("w16a8", smooth=True))
+    scaled = baselines.smooth(PARAMS, calibrate.magnitudes(MODEL, PARAMS, DATA), rules)
+    held = quantized.quantize(scaled, rules)
+    still = quantized.wrap(MODEL, rules, weights=False)
+    live = quantized.wrap(MODEL, rules).apply(scaled, DATA[0]).logits
+    for made in (
+        still.apply(quantized.dequantize(held), DATA[0]),
+        still.apply(baselines.rtn(scaled, rules, clip="mse"), DATA[0]),
+        integer.wrap(MODEL, rules).apply(held, DATA[0]),
+    ):
+        np.testing.assert_allclose(made.logits, live, atol=1e-5)
