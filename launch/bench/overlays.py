@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from steppe.launch.bench import environment, harness
 from steppe.launch.bench.environment import plain
 from steppe.launch.bench.harness import Protocol
 from steppe.launch.bench.shapes import Shapes, batches
-from steppe.launch.bench.worker import Worker
+from steppe.launch.bench.worker import Worker, interleave
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -162,7 +162,8 @@ def run(config: OverlaysBench, say: Callable[[str], None] = print) -> dict[str, 
         "length": config.length,
         "seed": config.seed,
     }
-    times: dict[str, list[float]] = {name: [] for name in PROGRAMS}
+    # The first turn of a program compiles it.
+    protocol = replace(config.protocol, warmup=max(config.protocol.warmup, 1))
     with Worker(f"{__name__}:Side", arguments, threads=threads) as worker:
         checked = worker.call("check")
         worst = max(checked["bank"], checked["mapped"])
@@ -171,12 +172,7 @@ def run(config: OverlaysBench, say: Callable[[str], None] = print) -> dict[str, 
                 f"the logits differ from those of separate calls: {checked}; those of a bank must "
                 f"be within {TOLERANCE:g} of them, and those without adapters far from them"
             )
-        for name in PROGRAMS:
-            worker.call("turn", name, max(config.protocol.warmup, 1))
-        for _ in range(config.protocol.rounds):
-            for name in PROGRAMS:
-                seconds = float(worker.call("turn", name, config.protocol.steps))
-                times[name].append(seconds / config.protocol.steps)
+        times = interleave(worker, PROGRAMS, protocol)
     result = {
         "bench": "overlays",
         "config": plain(config),

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from steppe.launch.bench import environment, finetune, harness
 from steppe.launch.bench.harness import Protocol
 from steppe.launch.bench.shapes import Shapes, batches, export
-from steppe.launch.bench.worker import Worker
+from steppe.launch.bench.worker import Worker, interleave
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -255,15 +255,9 @@ def run(config: QuantizeBench, say: Callable[[str], None] = print) -> dict[str, 
             **{name: getattr(config, name) for name in ("batch", "length", "seed")},
         }
         with Worker(f"{__name__}:Side", arguments, threads=threads) as worker:
-
-            def turn(name: str) -> harness.Turn:
-                return lambda steps: float(worker.call("turn", name, steps))
-
-            steps = harness.interleave(
-                {n: turn(n) for n in (KD, *arguments["games"])}, config.protocol
-            )
+            steps = interleave(worker, (KD, *arguments["games"]), config.protocol)
             names = worker.call("passes")
-            passes = harness.interleave({n: turn(n) for n in names}, config.protocol)
+            passes = interleave(worker, names, config.protocol)
             differences = worker.call("differences")
     result |= {
         "steps": {

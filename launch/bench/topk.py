@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steppe.launch.bench import environment, harness
 from steppe.launch.bench.environment import plain
 from steppe.launch.bench.harness import Protocol
-from steppe.launch.bench.worker import Worker
+from steppe.launch.bench.worker import Worker, interleave
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -123,17 +123,13 @@ def run(config: TopKBench, say: Callable[[str], None] = print) -> dict[str, Any]
         "keep_ratio": config.keep_ratio,
         "seed": config.seed,
     }
-    times: dict[str, list[float]] = {name: [] for name in PROGRAMS}
+    # The first turn of a program compiles it.
+    protocol = replace(config.protocol, warmup=max(config.protocol.warmup, 1))
     with Worker(f"{__name__}:Side", arguments, threads=threads) as worker:
         checked = worker.call("check")
         if not checked["larger"] < checked["k"] <= checked["chosen"]:
             raise harness.Void(f"the entries chosen are not the k largest: {checked}")
-        for name in PROGRAMS:
-            worker.call("turn", name, max(config.protocol.warmup, 1))
-        for _ in range(config.protocol.rounds):
-            for name in PROGRAMS:
-                seconds = float(worker.call("turn", name, config.protocol.steps))
-                times[name].append(seconds / config.protocol.steps)
+        times = interleave(worker, PROGRAMS, protocol)
         peak = worker.call("peak_memory")
     result = {
         "bench": "topk",

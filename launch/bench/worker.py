@@ -16,11 +16,12 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
 from steppe.launch import tuning
+from steppe.launch.bench import harness
 
 # The parent may run with fake devices (a test suite does), which would cut up the threads.
 _FAKE_DEVICES = re.compile(r"--xla_force_host_platform_device_count=\d+\s*")
@@ -164,3 +165,14 @@ def serve(target: str, threads: int) -> None:
 
 if __name__ == "__main__":
     serve(sys.argv[1], int(sys.argv[2]))
+
+
+def interleave(
+    worker: Worker, names: Iterable[str], protocol: harness.Protocol
+) -> dict[str, list[float]]:
+    """``harness.interleave`` of a side's own programs, by its method ``turn(name, steps)``."""
+
+    def turn(name: str) -> harness.Turn:
+        return lambda steps: float(worker.call("turn", name, steps))
+
+    return harness.interleave({name: turn(name) for name in names}, protocol)

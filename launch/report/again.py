@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 PAGE = "report.html"
 
@@ -58,11 +59,7 @@ def _quantization(folder: Path) -> Path:
     from steppe.launch.quantize import table
     from steppe.launch.report import quantizing
 
-    file = folder / "quantize.json"
-    try:
-        found = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error})") from error
+    found = _read(folder / "quantize.json")
     outputs.write_text(folder / PAGE, quantizing.render(found, folder))
     Console().print(table.terminal(found))
     return folder / PAGE
@@ -74,16 +71,20 @@ def _continual(folder: Path) -> Path:
     from steppe.launch.continual import table
 
     file = folder / "results.json"
+    found = _read(file)
+    Console().print(table.rich_table(found))
+    return file
+
+
+def _read(file: Path) -> Any:
     try:
-        found = json.loads(file.read_text("utf-8"))
+        return json.loads(file.read_text("utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"{folder} holds no finished task yet: go on with --resume"
+            f"{file.parent} holds no finished task yet: go on with --resume"
         ) from None
     except ValueError as error:
         raise ValueError(f"{file} is damaged ({error})") from error
-    Console().print(table.rich_table(found))
-    return file
 
 
 def _run(folder: Path) -> Path:
