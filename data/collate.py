@@ -121,6 +121,9 @@ def choose_pairs(
     Examples are ordered by ``max(source, target x mean source / mean target)``, the length that
     both have at the usual ratio. The candidates are the sizes that hold the first k of them,
     k = 1..N; of these the best are kept, by the dynamic programme of :func:`choose_buckets`.
+
+    Raises:
+      DataError: count or multiple below 1.
     """
     if count < 1 or multiple < 1:
         raise DataError(f"count and multiple must be >= 1, got {count} and {multiple}")

@@ -160,6 +160,9 @@ def assemble_rows(
       kept: the record of each document; None: they are as many, in the same order.
       cut: documents that were cut before.
       alone, **options: as ``packing.pack``.
+
+    Raises:
+      DataError: no document.
     """
     lengths = [len(document) for document in documents]
     if not packed:

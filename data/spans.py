@@ -130,7 +130,11 @@ def token_span(offsets: Int[np.ndarray, "t 2"], start: int, end: int) -> tuple[i
 
 
 def answer_text(dataset: Dataset, example: int, start: int, end: int, context: str) -> str:
-    """The context's text from token `start` to token `end` of a window; "" for no answer."""
+    """The context's text from token `start` to token `end` of a window; "" for no answer.
+
+    Raises:
+      DataError: a data set of another kind.
+    """
     if dataset.offsets is None:
         raise DataError(f"a {dataset.kind!r} data set has no answers; encode with SpanQA")
     offsets = dataset.offsets[example]

@@ -358,7 +358,11 @@ def visible(
 
 
 def last_real(hidden: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Hidden state [B, D] of every row's last real token."""
+    """Hidden state [B, D] of every row's last real token.
+
+    Raises:
+      ValueError: a mask that is not [B, T].
+    """
     if mask is None:
         return hidden[:, -1]
     if mask.ndim != 2:

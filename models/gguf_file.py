@@ -67,7 +67,11 @@ class File(NamedTuple):
 
 
 def rows_of(path: Path, entry: Entry, rows: np.ndarray) -> np.ndarray:
-    """Some rows of a tensor: float32, or the plain type that they are stored in."""
+    """Some rows of a tensor: float32, or the plain type that they are stored in.
+
+    Raises:
+      ValueError: a quantised tensor of more than two dimensions.
+    """
     count = entry.shape[0]
     if not entry.shape[-1] or not count:
         return np.zeros((len(rows), *entry.shape[1:]), np.float32)

@@ -327,7 +327,11 @@ def cast(params: Params, dtype: Any) -> Params:
 def metrics_of(
     loss: jax.Array, totals: dict[str, Any], weights: dict[str, Any], aux: Metrics
 ) -> Metrics:
-    """The metrics of a step from the sums of its parts."""
+    """The metrics of a step from the sums of its parts.
+
+    Raises:
+      ValueError: a name in ``aux`` that the step has already.
+    """
     one = jnp.float32(1)
     if set(totals) == {""}:
         out: Metrics = {"loss": (totals[""], weights[""])}

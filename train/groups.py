@@ -92,7 +92,11 @@ class Groups:
 def gradient(
     work: Work, params: Params, displaced: Displaced, ascent: str | int
 ) -> tuple[Params, Found | None]:
-    """See the top of the file; with what the first passes add up to, for one-component losses."""
+    """See the top of the file; with what the first passes add up to, for one-component losses.
+
+    Raises:
+      ValueError: groups that do not divide the rows.
+    """
     rows = work.rows
     shards = 1 if work.plan is None else work.plan.data_size
     size = rows // shards if ascent == "device" else int(ascent)

@@ -68,6 +68,7 @@ def split_sites(sites: Mapping[str, Site] | None) -> tuple[Any, Any]:
 
 
 def join_sites(hooks: Any, deltas: Any) -> dict[str, Site] | None:
+    """Sites from hooks, for which a program is compiled, and arrays, which it is given."""
     if hooks is None:
         return None
     return {name: Site(fn, deltas[name], tokenwise) for name, fn, tokenwise in hooks}

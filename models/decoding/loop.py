@@ -57,6 +57,7 @@ def prefill(
     room: int,
     hooks: Any,
 ) -> Run:
+    """Reads the prompts and takes the first token of every row; ``room`` more may follow."""
     sites = join_sites(hooks, deltas)
     logits, state = decode.start(params, inputs, room, sites=sites, masks=masks)
     rows = logits.shape[0]
@@ -89,6 +90,7 @@ def advance(
     *,
     hooks: Any,
 ) -> Run:
+    """Goes on until no row runs or ``limit`` tokens are there; first ends rows in ``stopped``."""
     sites = join_sites(hooks, deltas)
     ended = stopped & (run.reason == RUNNING)
     run = run._replace(reason=jnp.where(ended, STOP, run.reason).astype(jnp.int8))

@@ -223,7 +223,11 @@ def _count(state: State, tokens: jax.Array) -> State:
 
 
 def forced_tokens(tokens: Any) -> Processor:
-    """Forces the first new tokens: ids [P], or [B, P]; a negative id leaves its place free."""
+    """Forces the first new tokens: ids [P], or [B, P]; a negative id leaves its place free.
+
+    Raises:
+      ValueError: no ids, or ids of another shape.
+    """
     ids = np.asarray(tokens, np.int32)
     if ids.ndim not in (1, 2) or ids.size == 0:
         raise ValueError(f"tokens must be [places] or [rows, places], got shape {ids.shape}")

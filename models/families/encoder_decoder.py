@@ -56,7 +56,11 @@ def values(raw: Mapping[str, Any], keys: Mapping[str, tuple[str, Any]]) -> dict[
 
 
 def act(name: Any) -> str:
-    """Our name of an activation; an unknown one is refused by the config itself."""
+    """Our name of an activation; an unknown one is refused by the config itself.
+
+    Raises:
+      ValueError: a name that is no text.
+    """
     if not isinstance(name, str):
         raise ValueError(f"config.json: activation_function must be text, got {name!r}")
     return OUR_ACTS.get(name, name)

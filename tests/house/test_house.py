@@ -69,6 +69,30 @@ def test_every_module_says_what_it_is(path):
     assert "TODO" not in path.read_text("utf-8")
 
 
+def raised(function: ast.AST) -> list[ast.Raise]:
+    """The exceptions that a function makes itself, not in functions inside it."""
+    found = []
+    for node in ast.iter_child_nodes(function):
+        if isinstance(node, ast.Raise) and node.exc is not None:
+            found.append(node)
+        elif not isinstance(node, ast.FunctionDef | ast.Lambda):
+            found += raised(node)
+    return found
+
+
+def test_public_functions_say_what_they_do_and_what_they_raise():
+    missing = []
+    for path in (p for p in SOURCES if p.relative_to(ROOT).parts[0] != "launch"):
+        for node in ast.parse(path.read_text("utf-8")).body:
+            if not isinstance(node, ast.FunctionDef) or node.name.startswith("_"):
+                continue
+            doc = ast.get_docstring(node) or ""
+            # "See ..." hands over to a protocol's docstring.
+            if not doc or (raised(node) and "Raises" not in doc and not doc.startswith("See ")):
+                missing.append(f"{name(path)}: {node.name}")
+    assert not missing, missing
+
+
 def test_no_pickle_anywhere():
     for path in SOURCES:
         for module in imported(path):

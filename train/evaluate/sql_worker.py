@@ -89,7 +89,11 @@ def spend(seconds: float) -> None:
 
 
 def identity(database: str) -> str:
-    """What tells a file from one that has taken its place."""
+    """What tells a file from one that has taken its place.
+
+    Raises:
+      Refused: there is no such file.
+    """
     file = Path(database)
     if not file.is_file():
         raise Refused(f"no database at {database}")
@@ -139,7 +143,11 @@ def authorize(action: int, first: str | None, second: str | None, *_: str | None
 def serve(
     opened: dict[str, sqlite3.Connection], request: dict[str, Any], settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """The rows of one query."""
+    """The rows of one query.
+
+    Raises:
+      Refused: no query, or one beyond the limits.
+    """
     database, query = request["database"], request["query"]
     start = COMMENT.match(query)
     first = re.match(r"\w*", query[start.end() if start else 0 :])
@@ -180,7 +188,11 @@ def serve(
 
 
 def read(cursor: sqlite3.Cursor, settings: dict[str, Any]) -> list[list[Any]]:
-    """The rows, as far as the limits go."""
+    """The rows, as far as the limits go.
+
+    Raises:
+      Refused: more rows or bytes than are allowed.
+    """
     rows: list[list[Any]] = []
     size = 0
     for row in cursor:

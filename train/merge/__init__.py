@@ -5,7 +5,7 @@ leaves have a leading axis of N tasks. What works on trees is pure and runs unde
 merges folders on disk, a tensor at a time.
 """
 
-from steppe.train.merge import heads, lowrank, stream
+from steppe.train.merge import heads, joined, lowrank, stream
 from steppe.train.merge.adaptive import AdaMergingConfig, adamerging, entropies
 from steppe.train.merge.concrete import (
     ConcreteConfig,
@@ -40,6 +40,7 @@ __all__ = [
     "entropies",
     "fisher_merge",
     "heads",
+    "joined",
     "lowrank",
     "masked_merge",
     "regmean",

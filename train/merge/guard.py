@@ -110,7 +110,11 @@ class Run(NamedTuple):
 
 
 def entropy_of(found: Any) -> Entropy:
-    """The full form of what an entropy function returned; a scalar stands for one task."""
+    """The full form of what an entropy function returned; a scalar stands for one task.
+
+    Raises:
+      ValueError: an array that is no scalar.
+    """
     if isinstance(found, Entropy):
         return found
     total = jnp.asarray(found, jnp.float32)

@@ -47,7 +47,11 @@ PIECE = 1 << 20
 
 
 def open_fishers(method: Method, report: Report) -> list[Input]:
-    """The folders of Fisher diagonals, each with the shapes of its model."""
+    """The folders of Fisher diagonals, each with the shapes of its model.
+
+    Raises:
+      ValueError: a folder that lacks a tensor, or has it in another shape.
+    """
     if not isinstance(method, Fisher):
         return []
     opened = [open_input(folder, f"Fisher {n}") for n, folder in enumerate(method.fishers)]

@@ -221,6 +221,7 @@ def first_guesses(leaves: list[jax.Array], share: float) -> jax.Array:
 
 
 def bounds(count: int) -> tuple[jax.Array, jax.Array]:
+    """Lowest and highest bit pattern of each search before it begins, int32 [count]."""
     return jnp.zeros(count, jnp.int32), jnp.full(count, INFINITY + 1, jnp.int32)
 
 
@@ -261,10 +262,12 @@ class State(NamedTuple):
 
 
 def begin(entries: int, low: jax.Array, high: jax.Array, first: jax.Array) -> State:
+    """The searches before their first pass: no entry lies above the high end, all above the low."""
     return State(low, high, jnp.full(low.shape, float(entries)), jnp.zeros(low.shape), first)
 
 
 def unfinished(state: State) -> jax.Array:
+    """Whether a search has more than one bit pattern left, bool []."""
     return jnp.any(state.high - state.low > 1)
 
 

@@ -56,7 +56,11 @@ def verbalizer_ce(
 
 
 def answer_logits(logits: jax.Array, batch: Batch, mask_id: int) -> tuple[jax.Array, jax.Array]:
-    """(logits [B, V] at the first mask token of every row, whether there is one [B])."""
+    """(logits [B, V] at the first mask token of every row, whether there is one [B]).
+
+    Raises:
+      ValueError: logits that are not [B, T, V].
+    """
     masked = jnp.asarray(batch["input_ids"]) == mask_id
     if logits.ndim != 3 or logits.shape[:2] != masked.shape:
         raise ValueError(
