@@ -48,6 +48,9 @@ def read_table(
 ) -> dict[str, np.ndarray]:
     """Vectors of a text file with a word and its numbers a line, as GloVe's are.
 
+    A word may hold spaces, as a few of GloVe's largest table do: what stands before as many
+    numbers as the first line has is the word.
+
     Args:
       words: those to keep; None = all.
 
@@ -59,8 +62,12 @@ def read_table(
     width = 0
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
-            word, *values = line.rstrip("\n").split(" ")
-            width = width or len(values)
+            parts = line.rstrip("\n").split(" ")
+            width = width or len(parts) - 1
+            begin = max(1, len(parts) - width)
+            word, values = " ".join(parts[:begin]), parts[begin:]
+            if any(map(_is_number, parts[1:begin])):
+                values = []
             try:
                 vector = np.array(values, np.float32)
             except ValueError:
@@ -70,3 +77,11 @@ def read_table(
             if wanted is None or word in wanted:
                 table[word] = vector
     return table
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

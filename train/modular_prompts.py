@@ -46,7 +46,7 @@ def pretraining(
     """The optimiser of many tasks at once; deep modules take 5e-4 and 1e-4.
 
     Args:
-      weight_decay: of both, AdamW's default where the published code runs.
+      weight_decay: of both; not known of the published runs, this is optax's default.
     """
     speeds = {
         ROUTER: optax.adamw(router_lr, weight_decay=weight_decay),

@@ -26,6 +26,7 @@ clean gradient is that of the micro-batch. Nothing has dropout: what is compared
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -69,17 +70,20 @@ def plugat_loss(
       steps, lr, mag, eps: of the ascent: K, size of a step, initial norm, largest norm (0 = any).
 
     Raises:
-      ValueError: an unknown rule, rho outside [-1, 1], steps < 1, or a negative size.
+      ValueError: an unknown rule, rho outside [-1, 1], steps < 1, or a size that is negative or
+        not finite.
     """
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
     if not -1.0 <= rho <= 1.0:
         raise ValueError(f"rho must be in [-1, 1], got {rho}")
-    if steps < 1 or min(lr, mag, eps, step) < 0:
+    if steps < 1 or not all(0 <= size < math.inf for size in (lr, mag, eps, step)):
         raise ValueError(
-            f"steps must be >= 1 and lr, mag, eps, step >= 0, got {steps}, {lr}, {mag}, {eps}, "
-            f"{step}"
+            f"steps must be >= 1 and lr, mag, eps, step >= 0 and finite, got {steps}, {lr}, {mag}, "
+            f"{eps}, {step}"
         )
+    if math.isnan(margin):
+        raise ValueError(f"margin must be a number of nats, got {margin}")
 
     def objective(params: Params, batch: Batch, key: jax.Array | None) -> LossOut:
         embeds = word_embeddings(params, batch)

@@ -25,7 +25,8 @@ import jax
 import jax.numpy as jnp
 
 from steppe.models import tree
-from steppe.models.model import Inputs
+from steppe.models.decoder import DecoderConfig
+from steppe.models.model import Inputs, Model
 from steppe.models.overlays.overlay import Overlay, kernel_paths
 from steppe.models.overlays.prompt import table_of
 from steppe.models.sites import Site, SiteContext
@@ -62,7 +63,8 @@ def overlay(
     Raises:
       ValueError: length < 1, first that is neither 0 nor 1, fewer ids than length; from ``init``
         an id outside the vocabulary, no position left for the text, or a model that is no single
-        stack of layers.
+        stack of layers; from ``bind`` a decoder with first=1; from ``apply`` another overlay that
+        puts rows in front.
     """
     if length < 1:
         raise ValueError(f"length must be >= 1, got {length}")
@@ -102,7 +104,13 @@ def overlay(
         def embed(own: Params, x: Inputs, base: Callable[[Any], Any], context: SiteContext) -> Any:
             if context.step:  # they stand in the cache already
                 return base(x)
-            done: Inputs = base(inserted(x, own["words"], first, own.get("after")))
+            ours = inserted(x, own["words"], first, own.get("after"))
+            done: Inputs = base(ours)
+            if x.prompt or done.hidden.shape[1] != ours.hidden.shape[1]:
+                raise ValueError(
+                    "added-prompt counts columns of the text itself, and another overlay puts rows "
+                    "in front; attach one of them"
+                )
             if "prompt" not in own:
                 return done
             return done._replace(hidden=added(done.hidden, own["prompt"], first))
@@ -116,6 +124,14 @@ def overlay(
     def resid(rows: Any, x: Any, base: Callable[[Any], Any], context: SiteContext) -> Any:
         return base(x if context.step else added(x, rows, first))
 
+    def around(model: Model) -> Model:
+        if first and isinstance(model.config, DecoderConfig):
+            raise ValueError(
+                "first=1 puts the words behind the first token, which tells an encoder's text from "
+                "its padding; use first=0 for a decoder"
+            )
+        return model
+
     settings = {"length": length, "deep": deep, "first": first, "ids": words, "after": behind}
     return Overlay(
         "added-prompt",
@@ -124,6 +140,7 @@ def overlay(
         None,
         settings=tuple(settings.items()),
         fixed=("words", "after"),
+        around=around,
     )
 
 

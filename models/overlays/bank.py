@@ -4,10 +4,12 @@
   f(params, batch)_i = f_base(batch_i) under overlay[ids_i], and under own[ids_i] in place of the
                        leaves of the base that every adapter has trained with it, such as its head
 
-The result is that of one call an adapter. LoRA, alone or with own heads, takes the short way: the
-base runs once over the whole batch, and beside it every example has low-rank products of its own
-(a batched matrix product with A [B, d_in, r]), never a weight matrix of its own. Any other overlay
-is mapped over the examples by ``jax.vmap``, in which the base's matrices stay shared.
+The result is that of one call an adapter. LoRA, alone or with own heads of an encoder, takes the
+short way: the base runs once over the whole batch, and beside it every example has low-rank
+products of its own (a batched matrix product with A [B, d_in, r]), never a weight matrix of its
+own. Any other overlay is mapped over the examples by ``jax.vmap``, in which the base's matrices
+stay shared. Generation goes the same two ways, token by token: the ids are part of its state, so
+that beams and continued prompts keep the adapter of their text.
 
 Adapters of several ranks, kinds or bases do not fit into one bank: a stack has one shape.
 """
@@ -20,12 +22,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from steppe.models import tree
-from steppe.models.model import Batch, Inputs, Masks, Model, ModelOut, Rules
+from steppe.models.encoder import EncoderConfig
+from steppe.models.model import Batch, Decode, Inputs, Masks, Model, ModelOut, Rules
 from steppe.models.overlays import files
 from steppe.models.overlays.overlay import BASE, OVERLAY, WHOLE, Overlay, prefixed
 from steppe.models.sites import Site, stack_sites
@@ -49,6 +53,29 @@ class Bank(NamedTuple):
     name: str
     settings: dict[str, Any]
     folders: tuple[Path, ...]
+
+
+@flax.struct.dataclass
+class BankState:
+    """What generation under a bank carries from token to token.
+
+    Attributes:
+      inner: the base's state; mapped, one a row along a leading axis of every leaf.
+      ids: number of every row's adapter [B].
+      mapped: which of the two it is.
+    """
+
+    inner: Any
+    ids: jax.Array
+    mapped: bool = flax.struct.field(pytree_node=False, default=False)
+
+    def take(self, rows: jax.Array) -> BankState:
+        """The state of the rows [N] of the batch, in that order; N may differ from B."""
+        if self.mapped:
+            inner = jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0), self.inner)
+        else:
+            inner = self.inner.take(rows)
+        return self.replace(inner=inner, ids=jnp.take(self.ids, rows))  # type: ignore[attr-defined]
 
 
 def stack(deltas: Sequence[Params]) -> Params:
@@ -121,7 +148,8 @@ def bind(
     """``model`` under a bank of ``adapters`` deltas of ``overlay``.
 
     Its batches hold ``ids`` int [B], each below ``adapters``. All deltas (and own leaves) train
-    at once, each on its own examples. It does not generate (``decode`` is None).
+    at once, each on its own examples, but for what the overlay holds fixed. It generates where
+    the model under one delta does.
 
     Args:
       model: the base, with a head where one is wanted.
@@ -144,9 +172,10 @@ def bind(
         tree.same_structure(frozen, shapes, ("frozen", "the model"))
     theirs = tree.paths(tree.split(shapes, tuple(own))[0]) if own else []
     heads = all(path.startswith(f"{_HEAD}/") for path in theirs)
-    short = (
-        not mapped and overlay.rows is not None and heads and not (theirs and model.parts is None)
-    )
+    # Heads by themselves are run on what an encoder returns; a decoder's has its norm in it.
+    alone = not theirs or (isinstance(model.config, EncoderConfig) and model.parts is not None)
+    short = not mapped and overlay.rows is not None and heads and alone
+    host = model if overlay.around is None else overlay.around(model)
 
     def init(key: jax.Array) -> Params:
         base_key, delta_key = jax.random.split(key)
@@ -172,7 +201,7 @@ def bind(
         chosen, rest = _ids(batch, ids, adapters)
         options: dict[str, Any] = {"masks": masks, "train": train, "all_hidden": all_hidden}
         held = params.get(OVERLAY, {})
-        if short:
+        if short and not (theirs and sites):
             assert overlay.rows is not None
             both = stack_sites(overlay.rows(held, chosen), sites or {})
             out = model.apply(params[BASE], rest, sites=both, embeds=embeds, rng=rng, **options)
@@ -180,17 +209,16 @@ def bind(
                 return out
             final = out.hidden[-1] if all_hidden else out.hidden
             return out._replace(logits=_heads(model, params, chosen, final, rng, train))
-        deltas = tree.rows({OVERLAY: held, OWN: params.get(OWN, {})}, chosen)
+        deltas = _rows(params, chosen)
         keys = None if rng is None else jax.random.split(rng, chosen.shape[0])
 
         columns = {n for n, v in rest.items() if _by_row(n, v)}
 
         def one(delta: Params, row: Batch, embed: Any, key: Any) -> tuple[Any, jax.Array]:
             base = tree.replace(params[BASE], tree.flatten(delta[OWN]))
-            alone = {n: v[None] if n in columns else v for n, v in row.items()}
-            out = model.apply(
+            out = host.apply(
                 base,
-                alone,
+                {n: v[None] if n in columns else v for n, v in row.items()},
                 sites=stack_sites(overlay.sites(delta[OVERLAY]), sites or {}),
                 embeds=None if embed is None else embed[None],
                 rng=key,
@@ -208,8 +236,68 @@ def bind(
         logits, hidden = every(deltas, rest, embeds, keys)
         return ModelOut(logits, hidden)
 
+    def start(
+        params: Params,
+        batch: Batch,
+        more: int,
+        *,
+        sites: Mapping[str, Site] | None = None,
+        **options: Any,
+    ) -> tuple[jax.Array, BankState]:
+        assert host.decode is not None
+        begin = host.decode.start
+        chosen, rest = _ids(batch, ids, adapters)
+        if short and not theirs:
+            assert overlay.rows is not None
+            both = stack_sites(overlay.rows(params.get(OVERLAY, {}), chosen), sites or {})
+            logits, state = begin(params[BASE], rest, more, sites=both, **options)
+            return logits, BankState(state, chosen)
+        columns = {n for n, v in rest.items() if _by_row(n, v)}
+
+        def one(delta: Params, row: Batch) -> tuple[jax.Array, Any]:
+            base = tree.replace(params[BASE], tree.flatten(delta[OWN]))
+            mine = {n: v[None] if n in columns else v for n, v in row.items()}
+            both = stack_sites(overlay.sites(delta[OVERLAY]), sites or {})
+            logits, state = begin(base, mine, more, sites=both, **options)
+            # A copy of the layers that a step reads faster would be one a row here.
+            return logits[0], state.replace(weights=None) if hasattr(state, "weights") else state
+
+        axes = {n: 0 if n in columns else None for n in rest}
+        logits, state = jax.vmap(one, in_axes=(0, axes))(_rows(params, chosen), rest)
+        return logits, BankState(state, chosen, True)
+
+    def step(
+        params: Params,
+        tokens: jax.Array,
+        state: BankState,
+        *,
+        sites: Mapping[str, Site] | None = None,
+        **options: Any,
+    ) -> tuple[jax.Array, BankState]:
+        assert host.decode is not None
+        further = host.decode.step
+        if not state.mapped:
+            assert overlay.rows is not None
+            both = stack_sites(overlay.rows(params.get(OVERLAY, {}), state.ids), sites or {})
+            logits, inner = further(params[BASE], tokens, state.inner, sites=both, **options)
+            return logits, state.replace(inner=inner)  # type: ignore[attr-defined]
+
+        def one(delta: Params, token: jax.Array, inner: Any) -> tuple[jax.Array, Any]:
+            base = tree.replace(params[BASE], tree.flatten(delta[OWN]))
+            both = stack_sites(overlay.sites(delta[OVERLAY]), sites or {})
+            logits, inner = further(base, token[None], inner, sites=both, **options)
+            return logits[0], inner
+
+        logits, inner = jax.vmap(one)(_rows(params, state.ids), tokens, state.inner)
+        return logits, state.replace(inner=inner)  # type: ignore[attr-defined]
+
     rules: Rules = tuple((pattern, (None, *places)) for pattern, places in overlay.axes)
-    trainable = [rf"{OVERLAY}/.*"] + ([rf"{OWN}/.*"] if theirs else [])
+    leaves = tree.paths(jax.eval_shape(lambda key: overlay.init(key, shapes), jax.random.key(0)))
+    still = rf"(?!(?:{'|'.join(overlay.fixed)})$)" if overlay.fixed else ""
+    # A pattern that matches nothing is refused where it is used.
+    learnt = any(not tree.matches(path, overlay.fixed) for path in leaves)
+    trainable = [rf"{OVERLAY}/{still}.*"] if learnt else []
+    trainable += [rf"{OWN}/.*"] if theirs else []
     return dataclasses.replace(
         model,
         init=init,
@@ -221,9 +309,14 @@ def bind(
         ),
         trainable=tuple(trainable),
         parts=None,
-        decode=None,
+        decode=None if host.decode is None else Decode(start, step),
         given=None if frozen is None else {BASE: frozen},
     )
+
+
+def _rows(params: Params, ids: jax.Array) -> Params:
+    """The delta and the own leaves of every row's adapter, [B, ...]."""
+    return tree.rows({OVERLAY: params.get(OVERLAY, {}), OWN: params.get(OWN, {})}, ids)
 
 
 def _heads(

@@ -55,7 +55,7 @@ def save(
 
     Args:
       folder: must not exist, be empty, or hold an earlier overlay, which is replaced.
-      params: the trainable parameters of the bound model.
+      params: the whole delta, and what trains of the base.
       base: name of the base, for people.
       fingerprint: hash of its parameters before training, as ``train.checkpoint.fingerprint``
         gives it.

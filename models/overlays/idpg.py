@@ -117,7 +117,7 @@ def overlay(
         raise ValueError(f"position must be one of {PLACES}; got {position}")
     if position and separator < 0:
         raise ValueError(f"position={position} needs the separator's id, got {separator}")
-    if (feature == "batch") != (width > 0):
+    if width < 0 or (feature == "batch") != (width > 0):
         raise ValueError(f"width must be that of feature='batch', else 0, got {width}")
     if not 0.0 <= drop < 1.0:
         raise ValueError(f"drop must be in [0, 1), got {drop}")
@@ -230,11 +230,16 @@ def generate(
 
 
 def feature_of(model: Model, call: Call, feature: str, width: int = 0) -> Float[Array, "B d_in"]:
-    """f of every text, without gradient; see :func:`overlay`."""
+    """f of every text, without gradient; see :func:`overlay`.
+
+    Raises:
+      ValueError: the batch lacks the column, or its shape is another.
+    """
     batch, params = call.batch, call.params
     if feature == "batch":
-        found = batch.get(COLUMN)
-        if found is None or jnp.ndim(found) != 2 or found.shape[1] != width:
+        found, texts = batch.get(COLUMN), batch.get("input_ids", call.embeds)
+        rows = None if texts is None else len(texts)
+        if found is None or jnp.shape(found) != (rows, width):
             raise ValueError(
                 f"the batch must hold {COLUMN!r} of shape [batch, {width}], got "
                 f"{None if found is None else tuple(found.shape)}"

@@ -18,8 +18,9 @@ Column = int | jax.Array
 def inserted(x: Inputs, rows: Any, at: Column) -> Inputs:
     """The input of the embedding block with ``rows`` [B, t, D] at column ``at``.
 
-    Tokens from there on move t positions on; new ones are visible to all, of the type of the
-    token that stood there.
+    Tokens from there on move t positions on. New ones follow the token in front of them, are
+    visible to all, and of the type of the token that stood there or, behind a text, of its last
+    one: padding makes no difference.
 
     Raises:
       ValueError: an attention mask that says who sees whom.
@@ -29,25 +30,27 @@ def inserted(x: Inputs, rows: Any, at: Column) -> Inputs:
     batch, length, _ = x.hidden.shape
     t = rows.shape[1]
 
-    def there(values: jax.Array) -> jax.Array:
-        """[B, T] -> [B, 1], what stands at the column (the last token, behind the text)."""
-        if isinstance(at, int):
-            return values[:, at : at + 1] if at < length else values[:, -1:]
-        return jnp.take_along_axis(values, jnp.minimum(at, length - 1)[:, None], axis=1)
-
+    mask = None if x.mask is None else jnp.asarray(x.mask)
+    column = jnp.broadcast_to(jnp.asarray(at), (batch,))[:, None]
+    before, there = jnp.maximum(column - 1, 0), jnp.minimum(column, length - 1)
     positions = x.positions
     if positions is not None:
         positions = jnp.broadcast_to(jnp.asarray(positions), (batch, length))
-        behind = jnp.arange(length) >= (at if isinstance(at, int) else at[:, None])
-        new = there(positions) + jnp.arange(t, dtype=positions.dtype)
-        positions = _put(positions + t * behind.astype(positions.dtype), new, at)
+        # Padding has no position that could be counted on from: the token in front has.
+        first = jnp.take_along_axis(positions, before, axis=1) + (column > 0)
+        new = (first + jnp.arange(t)).astype(positions.dtype)
+        behind = jnp.arange(length) >= column
+        positions = _put(positions + t * behind, new, at)
     types = x.types
     if types is not None:
         types = jnp.asarray(types)
-        types = _put(types, jnp.broadcast_to(there(types), (batch, t)), at)
-    mask = x.mask
+        inside = there == column
+        if mask is not None:
+            inside &= jnp.take_along_axis(mask, there, axis=1) != 0
+        own = jnp.take_along_axis(types, jnp.where(inside, there, before), axis=1)
+        types = _put(types, jnp.broadcast_to(own, (batch, t)), at)
     if mask is not None:
-        mask = _put(jnp.asarray(mask), jnp.ones((batch, t), jnp.asarray(mask).dtype), at)
+        mask = _put(mask, jnp.ones((batch, t), mask.dtype), at)
     return x._replace(
         hidden=_put(x.hidden, rows.astype(x.hidden.dtype), at),
         positions=positions,

@@ -22,6 +22,7 @@ with ``padding=True``, as it does there.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -74,8 +75,8 @@ def overlay(
       "router": [L, d_in, E]}}}``.
 
     Raises:
-      ValueError: experts < 1, rank < 0, no site, a bad dropout rate; from ``init``, a model
-        without these sites, or a rank above a dimension of its matrices.
+      ValueError: experts < 1, rank < 0, alpha not finite, no site, a bad dropout rate; from
+        ``init``, a model without these sites, or a rank above a dimension of its matrices.
     """
     if experts < 1:
         raise ValueError(f"experts must be >= 1, got {experts}")
@@ -85,6 +86,8 @@ def overlay(
         raise ValueError(f"sites must name at least one site, each once, got {tuple(sites)}")
     if not 0.0 <= drop < 1.0:
         raise ValueError(f"drop must be in [0, 1), got {drop}")
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha must be finite, got {alpha}")
     scale = alpha / rank if rank else 0.0
 
     def init(key: jax.Array, params: Params) -> Params:

@@ -22,14 +22,17 @@ the published code has one a batch, of one task.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from steppe.models import tree
+from steppe.models.decoder import DecoderConfig
 from steppe.models.model import Inputs, Model
 from steppe.models.overlays.batchwise import Call, attached, sees_batch
 from steppe.models.overlays.inside import added, inserted, removed
@@ -80,16 +83,18 @@ def overlay(
 
     Raises:
       ValueError: a size or rate that it cannot have; from ``init`` an id outside the vocabulary,
-        no position left for the text, or a model that is no single stack of layers; from
-        ``apply`` a batch without tasks, or another overlay that puts rows in front.
+        no position left for the text, or a model that is no single stack of layers; from ``bind``
+        a decoder with first=1; from ``apply`` a batch without tasks or with one that there is
+        not, or another overlay that puts rows in front. A task that is only known when the
+        compiled program runs gives NaN.
     """
     if min(modules, length, tasks) < 1 or intrinsic < 0:
         raise ValueError(
             "modules, length and tasks must be >= 1 and intrinsic >= 0, got "
             f"{modules}, {length}, {tasks} and {intrinsic}"
         )
-    if temperature <= 0:
-        raise ValueError(f"temperature must be > 0, got {temperature}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
     if first not in (0, 1):
         raise ValueError(f"first must be 0 or 1, got {first}")
     words = tuple(int(i) for i in ids) or tuple(range(FIRST_ID, FIRST_ID + length))
@@ -149,7 +154,7 @@ def overlay(
             ours = inserted(x, rows, first)
             ours = ours._replace(prompt=0 if first else length)
             done: Inputs = base(ours)
-            if x.prompt or done.prompt != ours.prompt:
+            if x.prompt or done.hidden.shape[1] != ours.hidden.shape[1]:
                 raise ValueError(
                     "mp2 counts columns of the text itself, and another overlay puts rows in "
                     "front; attach one of them"
@@ -184,9 +189,20 @@ def overlay(
                 f"the batch must hold {TASKS!r}, integers [batch] below tasks={tasks}; it holds "
                 f"{', '.join(call.batch)}"
             )
+        if not isinstance(ids, jax.core.Tracer):
+            wrong = np.asarray(ids)[(np.asarray(ids) < 0) | (np.asarray(ids) >= tasks)]
+            if wrong.size:
+                raise ValueError(f"batch[{TASKS!r}] names task {wrong[0]}, but tasks={tasks}")
         return sites_of(delta, jnp.asarray(ids))
 
     def around(model: Model) -> Model:
+        if first and isinstance(model.config, DecoderConfig):
+            raise ValueError(
+                "first=1 puts the words behind the first token, which tells an encoder's text from "
+                "its padding; use first=0 for a decoder"
+            )
+        if tasks == 1:
+            return model
         return sees_batch(model, SITE, make, stream=_STREAM)
 
     def attach(delta: Params) -> dict[str, Site]:
@@ -202,7 +218,7 @@ def overlay(
         None,
         settings=tuple(settings.items()),
         fixed=("words",),
-        around=None if tasks == 1 else around,
+        around=around,
     )
 
 

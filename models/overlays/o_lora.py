@@ -16,7 +16,8 @@ Wang et al., Orthogonal Subspace Learning for Language Model Continual Learning,
 Deviations: our kernels are (in, out), so A and B here are the transposes of the paper's and the
 columns of A span a task's subspace. The paper squares the entries of A_i^T A_t (``p=2``), its code
 takes their absolute values (``p=1``, the default here). The sums run over all layers and sites, as
-in the code: lambda_1 means another thing in a deeper model.
+in the code: lambda_1 means another thing in a deeper model. ``drop`` is 0 unless it is given, where
+the published runs have 0.1, as ``steppe continual`` has.
 """
 
 from __future__ import annotations
@@ -65,13 +66,15 @@ def overlay(
       "bank": {"layers": {site: {"a": [L, d_in, T r], "b": [L, T r, d_out]}}, "active": [T]}}``.
 
     Raises:
-      ValueError: tasks or rank below 1, and what LoRA refuses; from ``init``, subspaces that do
-        not fit beside each other into the inputs of a matrix.
+      ValueError: tasks or rank below 1, alpha not finite, and what LoRA refuses; from ``init``,
+        subspaces that do not fit beside each other into the inputs of a matrix.
     """
     if tasks < 1:
         raise ValueError(f"tasks must be >= 1, got {tasks}")
     if rank < 1:
         raise ValueError(f"rank must be >= 1, got {rank}")
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha must be finite, got {alpha}")
     plain = lora.overlay(rank=rank, alpha=alpha, sites=sites, drop=drop)
     names = tuple(sites)
 

@@ -1,7 +1,7 @@
 """PlugAT's module: a small defence that is plugged into a classifier which stays as it is.
 
   deep   K_l = [P_K ; K_l], V_l = [P_V ; V_l] in every layer, learnt through P = MLP(E), E [l, D],
-         MLP D -> m -> 2 L E with tanh; after training P alone is kept (``materialize``)
+         MLP D -> m -> 2 L E with tanh; ``materialize`` keeps P alone, which is all that is deployed
   input  rows [l, D] behind the first token, which move the text l positions on
 
 It is trained by ``train.plugat``, on adversarial examples that do not make it forget. Its initial
@@ -17,6 +17,7 @@ units are 9.0% of BERT-base, which agrees with the 9.1% that it reports.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,8 @@ import jax
 import jax.numpy as jnp
 
 from steppe.models import tree
-from steppe.models.model import Inputs
+from steppe.models.encoder import EncoderConfig
+from steppe.models.model import Inputs, Model
 from steppe.models.overlays import prefix
 from steppe.models.overlays.inside import inserted, removed
 from steppe.models.overlays.overlay import Overlay
@@ -52,14 +54,15 @@ def overlay(
 
     Raises:
       ValueError: an unknown mode, length or hidden < 0, std <= 0; from ``init`` a model without
-        self-attention ``attn`` or (``input``) without words or room for the rows.
+        self-attention ``attn`` or (``input``) without words or room for the rows; of ``input``,
+        from ``bind`` a model that is no encoder, from ``apply`` another overlay's rows in front.
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     if length < 0 or hidden < 0:
         raise ValueError(f"length and hidden must be >= 0, got {length} and {hidden}")
-    if std <= 0:
-        raise ValueError(f"std must be > 0, got {std}")
+    if not 0 < std < math.inf:
+        raise ValueError(f"std must be > 0 and finite, got {std}")
     deep = mode == "deep"
     plain = prefix.overlay(length=max(length, 1), hidden=hidden, std=std)
 
@@ -77,13 +80,16 @@ def overlay(
         return {"attn": {**made["attn"], "out": out}}
 
     def embed(rows: Any, x: Inputs, base: Callable[[Any], Any], context: SiteContext) -> Any:
-        if context.step:  # they stand in the cache already
-            return base(x)
+        if x.prompt:
+            raise ValueError(
+                "plugat counts columns of the text itself, and an overlay that is attached after "
+                "it puts rows in front; attach plugat last, or use mode='deep'"
+            )
         return base(inserted(x, jnp.broadcast_to(rows, (len(x.hidden), *rows.shape)), 1))
 
     def logits(_: Any, x: Any, base: Callable[[Any], Any], context: SiteContext) -> Any:
         # A head of one label a token: the rows are none of the text's.
-        return base(x if x.ndim == 2 or context.step else removed(x, length, 1))
+        return base(x if x.ndim == 2 else removed(x, length, 1))
 
     def attach(delta: Params) -> dict[str, Site]:
         if not length:
@@ -92,9 +98,18 @@ def overlay(
             return plain.sites(delta)
         return {"embed": Site(embed, delta["prompt"]), "logits": Site(logits, {})}
 
+    def around(model: Model) -> Model:
+        if not isinstance(model.config, EncoderConfig):
+            raise ValueError(
+                "mode='input' puts rows behind the first token, [CLS] of an encoder; "
+                f"use mode='deep' for a {type(model.config).__name__}"
+            )
+        return model
+
     settings = (("mode", mode), ("length", length), ("hidden", hidden), ("std", std))
     axes = prefix.RULES if deep else Overlay.axes
-    return Overlay("plugat", init, attach, None, axes, settings=settings)
+    host = None if deep or not length else around
+    return Overlay("plugat", init, attach, None, axes, settings=settings, around=host)
 
 
 def materialize(delta: Params) -> Params:

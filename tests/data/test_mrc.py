@@ -40,9 +40,14 @@ def test_vectors_of_texts(tmp_path):
     many = word_features.average_words([""] * 4000, table, seed=1)
     np.testing.assert_allclose(many.std(), 0.6, rtol=0.05)
     assert list(word_features.read_table(path, words=["bad"])) == ["bad"]
-    path.write_text("good 1 2\nbad 1\n", "utf-8")
-    with pytest.raises(ValueError, match="line 2: not a word and 2 numbers"):
-        word_features.read_table(path)
+    path.write_text("good 1 2\nat NAME.com 3 4\n. . . 5 6\n", "utf-8")
+    spaced = word_features.read_table(path)
+    assert list(spaced) == ["good", "at NAME.com", ". . ."]
+    np.testing.assert_array_equal(spaced[". . ."], [5, 6])
+    for line in ("bad 1", "bad 1 2 3", "bad 1 x", "bad"):
+        path.write_text(f"good 1 2\n{line}\n", "utf-8")
+        with pytest.raises(ValueError, match="line 2: not a word and 2 numbers"):
+            word_features.read_table(path)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from steppe.models import tree
 from steppe.models.decoder import DecoderConfig
 from steppe.models.heads import HeadConfig
-from steppe.models.overlays import added_prompt, files
+from steppe.models.overlays import added_prompt, compose, files, prompt
 
 from .conftest import TINY
 
@@ -151,6 +151,18 @@ def test_the_words_do_not_train_and_it_is_written_and_read(tiny, batch, tmp_path
 def test_mistakes(options, said, tiny):
     with pytest.raises(ValueError, match=said):
         added_prompt.overlay(**options).init(KEY, tiny[1])
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_rows_in_front_are_refused_in_either_order(order, tiny):
+    """What is added would land on the other overlay's rows."""
+    pair = (added_prompt.overlay(length=2, ids=IDS), prompt.overlay(length=1))[::order]
+    bound = compose(*pair).bind(TINY.build())
+    ids = {"input_ids": np.ones((2, 4), np.int32)}
+    with pytest.raises(ValueError, match="added-prompt counts columns of the text itself"):
+        jax.eval_shape(lambda p: bound.apply(p, ids), bound.abstract())
+    with pytest.raises(ValueError, match="use first=0 for a decoder"):
+        added_prompt.overlay(length=2, ids=IDS).bind(DECODER.build())
 
 
 def test_who_sees_whom_is_refused(tiny, batch):

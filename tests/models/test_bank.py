@@ -9,21 +9,28 @@ import optax
 import pytest
 
 from steppe.models import tree
+from steppe.models.heads import HeadConfig
 from steppe.models.overlays import (
     adapter,
     bank,
+    bitfit,
     compose,
     files,
     ia3,
     lora,
+    lpt,
+    mp2,
     o_lora,
     prefix,
+    prefix_fixed,
     prompt,
     unipelt,
 )
 from steppe.train import mesh, step
 
 from .conftest import TINY
+from .test_decoder_decode import PAD, P, texts
+from .test_decoder_decode import TINY as DECODER
 
 MODEL = dataclasses.replace(TINY, unroll=1).build()
 IDS = np.array([2, 0, 2, 1], np.int32)
@@ -45,6 +52,7 @@ BANKS = {
     ),
     "unipelt": (unipelt.overlay(rank=2, length=2, reduction=4), (), False),
     "o-lora": (o_lora.overlay(tasks=2, rank=2), (), False),
+    "late prompt": (lpt.overlay(layer=2, length=2, bottleneck=3, kind="appg"), (), False),
 }
 
 
@@ -105,6 +113,75 @@ def test_every_adapter_learns_from_its_own_examples(tiny, batch):
         used = np.abs(np.asarray(leaf)).reshape(4, -1).max(1) > 0
         wanted = [False] * 4 if path.endswith("/a") else [True, True, True, False]
         assert used.tolist() == wanted, path  # at the start B is 0, and A has no gradient
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_bank_generates_as_each_adapter_does_alone(mapped):
+    """Token for token, prompts padded on the left; rows that are taken keep their adapters."""
+    model = DECODER.build()
+    params = noisy(jax.jit(model.init)(jax.random.key(0)), 3)
+    low = lora.overlay(rank=2, sites=("attn.q", "ffn.out"))
+    overlay = compose(low, prompt.overlay(length=2), prefix.overlay(length=1)) if mapped else low
+    own = ("norm/.*", "head/.*") if mapped else ()
+    each, theirs, full = made(overlay, own, params)
+    bound, single = bank.bind(model, overlay, 3, own=own), overlay.bind(model)
+    ids, mask = (np.concatenate([x, x[1:2]])[:, :P] for x in texts())
+    assert PAD[2] == P - 1
+
+    def tokens(model, params, batch, rows):
+        """Four tokens, then two of the rows ``rows`` alone."""
+        logits, state = model.decode.start(params, batch, 6)
+        said = []
+        for number in range(6):
+            if number == 4:
+                logits, state = logits[rows], state.take(rows)
+            said.append(jnp.argmax(logits, -1).astype(jnp.int32))
+            logits, state = model.decode.step(params, said[-1], state)
+        return jnp.stack(said[:4], 1), jnp.stack(said[4:], 1), logits
+
+    rows = jnp.array([3, 0, 1])
+    batch = {"input_ids": ids, "attention_mask": mask}
+    run = jax.jit(lambda p, adapters: tokens(bound, p, {**batch, "adapter_ids": adapters}, rows))
+    got = run(full, IDS)
+    alone = jax.jit(lambda p: tokens(single, p, batch, rows))
+    for number in range(3):
+        base = tree.replace(params, tree.flatten(theirs[number]))
+        wanted = alone({"base": base, "overlay": each[number]})
+        for left, right, mine in zip(got, wanted, (IDS, IDS[rows], IDS[rows]), strict=True):
+            left, right = (np.asarray(x)[mine == number] for x in (left, right))
+            np.testing.assert_allclose(left, right, atol=2e-5)
+    assert len({tuple(row) for row in np.asarray(got[0])}) > 1
+
+
+def test_own_heads_of_decoders_read_the_last_token_of_a_text():
+    model = dataclasses.replace(DECODER, head=HeadConfig("classification", 3, None, 0.0)).build()
+    params = noisy(jax.jit(model.init)(jax.random.key(0)), 3)
+    overlay, own = lora.overlay(rank=2), ("head/.*",)
+    each, theirs, full = made(overlay, own, params)
+    ids = np.random.default_rng(0).integers(1, 40, (4, 6)).astype(np.int32)
+    batch = {"input_ids": ids, "attention_mask": (np.arange(6) < [[6], [3], [5], [4]]).astype(int)}
+    bound, single = bank.bind(model, overlay, 3, own=own), overlay.bind(model)
+    got = jax.jit(lambda p, a: bound.apply(p, {**batch, "adapter_ids": a}).logits)(full, IDS)
+    alone = jax.jit(lambda p: single.apply(p, batch).logits)
+    for number in range(3):
+        base = tree.replace(params, tree.flatten(theirs[number]))
+        wanted = np.asarray(alone({"base": base, "overlay": each[number]}))[number == IDS]
+        np.testing.assert_allclose(np.asarray(got)[number == IDS], wanted, atol=1e-5)
+
+
+def test_what_an_overlay_holds_fixed_does_not_train_in_a_bank():
+    words = mp2.overlay(modules=2, length=2, intrinsic=3, ids=(5, 6))
+    for overlay, still in (
+        (o_lora.overlay(tasks=2, rank=2), {"bank"}),
+        (words, {"words"}),
+        (prefix_fixed.overlay(lengths=(2,)), {"layers"}),
+    ):
+        bound = bank.bind(MODEL, overlay, 3, own=("head/.*",))
+        live, frozen = tree.split(bound.abstract(), bound.trainable)
+        assert set(frozen["overlay"]) == still
+        assert not still & set(live.get("overlay", {}))
+        assert "own" in live
+    assert bank.bind(MODEL, bitfit.overlay(), 2, own=("head/.*",)).trainable == (r"own/.*",)
 
 
 def test_an_id_beyond_the_bank_is_no_adapter(tiny, batch):

@@ -171,7 +171,7 @@ def test_rows_inside_a_text():
     np.testing.assert_array_equal(same.mask, [[1] * 6, [1] * 5 + [0]])
     own = inside.inserted(x, rows, jnp.array([2, 4]))
     np.testing.assert_array_equal(own.hidden[..., 0], [[0, 1, -1, -1, 2, 3], [4, 5, 6, 7, -1, -1]])
-    np.testing.assert_array_equal(own.positions[0], [2, 3, 4, 5, 6, 7])
+    np.testing.assert_array_equal(own.positions, [[2, 3, 4, 5, 6, 7], [2, 3, 4, 1, 2, 3]])
     for at in (1, jnp.array([2, 4])):
         put = inside.inserted(x, rows, at)
         np.testing.assert_array_equal(inside.removed(put.hidden, 2, at), hidden)
@@ -181,6 +181,27 @@ def test_rows_inside_a_text():
         assert float(more.sum() - put.hidden.sum()) == 20
     with pytest.raises(ValueError, match=r"need an attention_mask \[batch, tokens\]"):
         inside.inserted(x._replace(mask=np.ones((2, 4, 4))), rows, 1)
+
+
+def test_padding_behind_a_text_says_nothing_about_rows_that_follow_it():
+    """Positions are counted on from the text's last token, whose type the rows have."""
+    rows, types, mask = np.ones((1, 2, 1), np.float32), [[0, 1, 1, 0]], [[1, 1, 1, 0]]
+    texts = [
+        Inputs(jnp.zeros((1, n, 1)), *(np.array(a)[:, :n] for a in (positions, types, mask)))
+        for positions in ([[2, 3, 4, 1]], [[0, 1, 2, 3]])  # RoBERTa's and BERT's
+        for n in (3, 4)
+    ]
+
+    @jax.jit
+    def run():
+        return [[inside.inserted(x, rows, at) for at in (3, jnp.array([3]))] for x in texts]
+
+    for text, both in zip(texts, run(), strict=True):
+        for got in both:
+            first = text.positions[0, 0]
+            np.testing.assert_array_equal(got.positions[0, :5], first + np.arange(5))
+            np.testing.assert_array_equal(got.types[0, :5], [0, 1, 1, 1, 1])
+            np.testing.assert_array_equal(got.mask[0, :5], 1)
 
 
 def test_places_of_the_prompt():
@@ -217,6 +238,7 @@ def test_heads_of_one_label_a_token_skip_the_prompt(tiny, batch):
         (lambda: idpg.overlay(position=4), "position must be one of 0 behind the first token"),
         (lambda: idpg.overlay(position=1), "needs the separator's id"),
         (lambda: idpg.overlay(feature="batch"), "width must be that of feature='batch'"),
+        (lambda: idpg.overlay(width=-1), "width must be that of feature='batch', else 0, got -1"),
         (lambda: idpg.overlay(drop=1.0), r"drop must be in \[0, 1\)"),
         (lambda: idpg.overlay(n=3).init(KEY, shapes()), "n=3 must divide the feature of 16"),
         (lambda: idpg.overlay(n=8, bottleneck=12).init(KEY, shapes()), "the bottleneck of 12"),
@@ -228,6 +250,7 @@ def test_heads_of_one_label_a_token_skip_the_prompt(tiny, batch):
         (lambda: idpg.overlay().bind(CONFIGS["llama"].build()), "the first token of an encoder"),
         (lambda: run(), r"must hold 'features' of shape \[batch, 12\], got None"),
         (lambda: run(features=np.ones((2, 3))), r"got \(2, 3\)"),
+        (lambda: run(features=np.ones((3, 12))), r"got \(3, 12\)"),
         (lambda: twice(idpg.overlay(n=2)), "one overlay can be attached at 'idpg'"),
         (lambda: twice(prompt.overlay(length=1)), "another overlay puts rows there"),
     ],

@@ -215,6 +215,8 @@ def test_nobody_is_told_where_nobody_listens():
 
 def test_errors(tiny, batch):
     _, params = tiny
+    with pytest.raises(ValueError, match="alpha must be finite, got nan"):
+        loramoe.overlay(alpha=float("nan"))
     with pytest.raises(ValueError, match="experts must be >= 1, got 0"):
         loramoe.overlay(experts=0)
     with pytest.raises(ValueError, match="rank must be <= 16 at site 'ffn.in'"):

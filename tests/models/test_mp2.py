@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from steppe.models import tree
-from steppe.models.overlays import compose, mp2, prompt
+from steppe.models.overlays import added_prompt, compose, mp2, plugat, prompt
 from steppe.models.sites import SiteContext
 
 from .conftest import TINY
@@ -200,6 +200,18 @@ def test_without_anything_attached_nothing_changes(tiny, batch):
     [
         (lambda: mp2.overlay(modules=0), "modules, length and tasks must be >= 1"),
         (lambda: mp2.overlay(temperature=0), "temperature must be > 0"),
+        (lambda: mp2.overlay(temperature=float("nan")), "must be > 0 and finite, got nan"),
+        (lambda: small().bind(CONFIGS["gpt2"].build()), "use first=0 for a decoder"),
+        (lambda: abstract(small(tasks=2), [0, 2]), r"'task_ids'\] names task 2, but tasks=2"),
+        (lambda: abstract(small(tasks=2), [0, -1]), "names task -1"),
+        (
+            lambda: abstract(compose(plugat.overlay(mode="input", length=1), small())),
+            "another overlay puts rows in front",
+        ),
+        (
+            lambda: abstract(compose(added_prompt.overlay(length=1, ids=(3,)), small())),
+            "another overlay puts rows in front",
+        ),
         (lambda: mp2.overlay(first=2), "first must be 0 or 1, got 2"),
         (lambda: mp2.overlay(length=2, ids=WORDS), "ids must name length=2 tokens, got 3"),
         (lambda: mp2.overlay().init(KEY, shapes()), "vocabulary of 50 tokens, got 1000"),
@@ -224,9 +236,11 @@ def test_bad_input(call, said):
         call()
 
 
-def abstract(overlay):
+def abstract(overlay, tasks=None):
     bound = overlay.bind(MODEL)
     ids = {"input_ids": np.ones((2, 4), np.int32)}
+    if tasks is not None:
+        ids["task_ids"] = np.array(tasks, np.int32)
     return jax.eval_shape(lambda p: bound.apply(p, ids), bound.abstract())
 
 

@@ -187,6 +187,8 @@ def test_l2_and_cosine(two):
 
 
 def test_errors(tiny, delta):
+    with pytest.raises(ValueError, match="alpha must be finite, got inf"):
+        o_lora.overlay(alpha=float("inf"))
     with pytest.raises(ValueError, match="tasks must be >= 1, got 0"):
         o_lora.overlay(tasks=0)
     with pytest.raises(ValueError, match="rank must be >= 1, got 0"):

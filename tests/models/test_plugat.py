@@ -3,13 +3,16 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from steppe.models import tree
-from steppe.models.overlays import inside, plugat, prefix
+from steppe.models.model import Inputs
+from steppe.models.overlays import compose, inside, plugat, prefix, prompt
 
 from .conftest import TINY
+from .test_decoder_decode import CONFIGS
 from .test_overlays import BERT, KEY, MODEL, count, logits, plain
 from .test_seq2seq import tiny as encoder_decoder
 
@@ -75,12 +78,51 @@ def test_rows_at_the_input_stand_behind_the_first_token(tiny, batch):
     assert np.abs(text[:, 1:] - plain_states[:, 1:]).max() > 1e-3  # two positions on
 
 
+def test_behind_a_prompt_it_stands_behind_the_first_token_of_the_text(tiny, batch):
+    """Attached last, it is nearest to the text; the head reads the text's first token."""
+    _, params = tiny
+    overlay = compose(prompt.overlay(length=2), plugat.overlay(mode="input", length=1))
+    delta = overlay.init(KEY, params)
+    bound = overlay.bind(MODEL)
+    out = jax.jit(lambda d: bound.apply({"base": params, "overlay": d}, batch, all_hidden=True))(
+        delta
+    )
+    words = params["embed"]["word"]["table"]
+    rows = [delta["prompt"]["prompt"], words[batch["input_ids"][0, :1]], delta["plugat"]["prompt"]]
+    own = {
+        "input_ids": np.ones((1, 12), np.int32),
+        "attention_mask": np.r_[1, 1, 1, 1, batch["attention_mask"][0, 1:]][None],
+    }
+    embeds = jnp.concatenate([*rows, words[batch["input_ids"][0, 1:]]])[None]
+    types = batch["token_type_ids"][0]
+    own["token_type_ids"] = np.r_[0, 0, types[0], types[1], types[1:]][None]
+    wanted = jax.jit(lambda: MODEL.apply(params, own, embeds=embeds).hidden)()
+    np.testing.assert_allclose(out.hidden[-1][0], wanted[0], atol=1e-5)
+    head = MODEL.parts.head(params, wanted[:, 2:], Inputs(None, None, None, None))
+    np.testing.assert_allclose(out.logits[0], head[0], atol=1e-5)
+
+
+def together(*overlays):
+    bound = compose(*overlays).bind(MODEL)
+    ids = {"input_ids": np.ones((2, 4), np.int32)}
+    return jax.eval_shape(lambda p: bound.apply(p, ids), bound.abstract())
+
+
 @pytest.mark.parametrize(
     ("call", "said"),
     [
         (lambda: plugat.overlay(mode="prefix"), "mode must be one of deep, input"),
         (lambda: plugat.overlay(length=-1), "length and hidden must be >= 0"),
         (lambda: plugat.overlay(std=0), "std must be > 0"),
+        (lambda: plugat.overlay(std=float("nan")), "std must be > 0 and finite, got nan"),
+        (
+            lambda: plugat.overlay(mode="input").bind(CONFIGS["llama"].build()),
+            "use mode='deep' for a DecoderConfig",
+        ),
+        (
+            lambda: together(plugat.overlay(mode="input", length=2), prompt.overlay(length=2)),
+            "attach plugat last",
+        ),
         (
             lambda: plugat.overlay(mode="input", length=19).init(KEY, TINY.build().abstract()),
             "leaves the text none of the model's 20 positions",

@@ -248,6 +248,8 @@ def test_a_plugged_classifier_learns_and_its_base_does_not():
         (lambda: plugat.plugat_loss(TOY, rule="cos"), "rule must be one of grad, lookahead"),
         (lambda: plugat.plugat_loss(TOY, rho=2), r"rho must be in \[-1, 1\], got 2"),
         (lambda: plugat.plugat_loss(TOY, steps=0), "steps must be >= 1"),
+        (lambda: plugat.plugat_loss(TOY, lr=float("nan")), "lr, mag, eps, step >= 0 and finite"),
+        (lambda: plugat.plugat_loss(TOY, margin=float("nan")), "margin must be a number of nats"),
         (lambda: plugat.adv_filter(None, None, {}, rule="none"), "rule must be grad or lookahead"),
         (lambda: plugat.word_embeddings({}, {}), "needs a model of words and input_ids"),
     ],
