@@ -1,7 +1,7 @@
 """Quantisers: numbers on a grid of 2^k values, with gradients that pass through the rounding.
 
   symmetric   q_max = 2^(k-1) - 1;  s = max|w| / q_max;  q = clip(round(w / s), -q_max, q_max)
-              w^ = s q
+              w^ = s q;  or s shrunk, range by range, to the factor of least squared error
   affine      n = 2^k - 1;  S = n / max(max - min, 1e-8);  Z = round(S min) + 2^(k-1)
               q = clip(round(S x - Z), -2^(k-1), 2^(k-1) - 1);  x^ = (q + Z) / S
   backwards   dx^/dx = 1 (straight through), or 1 inside the range and 0 outside (clipped)
@@ -20,7 +20,7 @@ Deviations: a channel of zeros has the step 1 instead of 0 / 0.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,8 @@ from jaxtyping import Array, Float, Int
 
 BYPASS = 32
 TINIEST = 1e-8
+SHRINK = 20  # factors 1, ..., 0.5 of a search for the step of least error
+Fit: TypeAlias = Literal["absmax", "mse"]
 # (low, high); scalars, or arrays that broadcast to the input.
 Range = tuple[Any, Any]
 
@@ -66,6 +68,7 @@ def fake_quant(
     *,
     group: int | None = None,
     limits: Range | None = None,
+    scale: Any = None,
 ) -> Float[Array, "*shape"]:
     """x^ forwards, x backwards.
 
@@ -80,6 +83,8 @@ def fake_quant(
         own; symmetric only.
       limits: (low, high) in place of the minimum and maximum of x; symmetric quantisation takes
         the larger magnitude of both.
+      scale: steps [..., n, out] of a kernel in place of a range, as :func:`steps` gives; symmetric
+        only.
 
     Raises:
       ValueError: bits, a group that does not divide axis -2, groups of an affine quantiser.
@@ -94,9 +99,14 @@ def fake_quant(
     kept = _kept(axis, x.ndim, group is not None)
     over = tuple(a for a in range(split.ndim) if a not in kept)
     if symmetric:
-        largest = jnp.abs(split).max(over, keepdims=True) if limits is None else _magnitude(limits)
         top = 2 ** (bits - 1) - 1
-        step = _steps(largest, top)
+        if scale is not None:
+            step = jax.lax.stop_gradient(scale if group is None else scale[..., None, :])
+            largest = top * step
+        else:
+            over_all = limits is None
+            largest = jnp.abs(split).max(over, keepdims=True) if over_all else _magnitude(limits)
+            step = _steps(largest, top)
         rounded = (jnp.clip(jnp.round(split / step), -top, top) * step).reshape(x.shape)
         inside = jnp.abs(split) <= largest
     else:
@@ -117,6 +127,7 @@ def quantize(
     *,
     group: int | None = None,
     scale: Float[Array, "*stack n out"] | None = None,
+    fit: Fit = "absmax",
 ) -> Grid:
     """The integers of a kernel, one step an output channel (and group of inputs).
 
@@ -124,7 +135,8 @@ def quantize(
       w: [in, out], or stacked [..., in, out].
       bits: 2 to 8.
       group: see :func:`fake_quant`.
-      scale: steps to use; by default the largest magnitude decides.
+      scale: steps to use; by default those of :func:`steps`.
+      fit: see :func:`steps`.
 
     Raises:
       ValueError: bits (32 has no integers), or a group that does not divide the inputs.
@@ -132,17 +144,39 @@ def quantize(
     check_bits(bits, "bits", bypass=False)
     split = grouped(w.astype(jnp.float32), w.shape[-2] if group is None else group)
     top = 2 ** (bits - 1) - 1
-    scale = steps(w, bits, group=group) if scale is None else scale
+    scale = steps(w, bits, group=group, fit=fit) if scale is None else scale
     q = jnp.clip(jnp.round(split / scale[..., None, :]), -top, top)
     return Grid(q.reshape(w.shape).astype(jnp.int8), scale)
 
 
 def steps(
-    w: Float[Array, "*stack in out"], bits: int, *, group: int | None = None
+    w: Float[Array, "*stack in out"], bits: int, *, group: int | None = None, fit: Fit = "absmax"
 ) -> Float[Array, "*stack n out"]:
-    """s of every output channel and group, from the largest magnitude."""
+    """s of every output channel and group.
+
+    Args:
+      fit: "absmax" = from the largest magnitude; "mse" = that times the factor of 1, ..., 0.5 with
+        the least squared error, so that the largest weights are clipped where it pays.
+
+    Raises:
+      ValueError: an unknown fit.
+    """
+    check_fit(fit)
     split = grouped(w.astype(jnp.float32), w.shape[-2] if group is None else group)
-    return _steps(jnp.abs(split).max(-2), 2 ** (bits - 1) - 1)
+    top = 2 ** (bits - 1) - 1
+    whole = _steps(jnp.abs(split).max(-2), top)
+    if fit == "absmax":
+        return whole
+
+    def look(best: tuple[jax.Array, jax.Array], factor: jax.Array) -> tuple[Any, None]:
+        s = (whole * factor)[..., None, :]
+        error = jnp.square(jnp.clip(jnp.round(split / s), -top, top) * s - split).sum(-2)
+        better = error < best[0]
+        return (jnp.where(better, error, best[0]), jnp.where(better, whole * factor, best[1])), None
+
+    start = (jnp.full(whole.shape, jnp.inf), whole)
+    (_, found), _ = jax.lax.scan(look, start, jnp.linspace(1.0, 0.5, SHRINK))
+    return jax.lax.stop_gradient(found)
 
 
 def dequantize(q: Int[Array, "*stack in out"], scale: Any) -> Float[Array, "*stack in out"]:
@@ -217,6 +251,12 @@ def check_bits(bits: Any, name: str, *, bypass: bool = True) -> None:
     if not whole or not (2 <= bits <= 8 or (bypass and bits == BYPASS)):
         also = f", or {BYPASS} for no quantisation" if bypass else ""
         raise ValueError(f"{name} must be 2 to 8{also}, got {bits!r}")
+
+
+def check_fit(fit: Any) -> None:
+    """Raises ValueError unless ``fit`` is "absmax" or "mse"."""
+    if fit not in ("absmax", "mse"):
+        raise ValueError(f"fit must be 'absmax' or 'mse', got {fit!r}")
 
 
 def check_group(group: Any, inputs: int, where: str) -> None:

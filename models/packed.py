@@ -208,7 +208,10 @@ def load(directory: str | os.PathLike[str], *, integers: bool = False) -> Loaded
     """
     path = Path(directory).expanduser()
     record = _record(path)
-    raw = json.loads((path / "config.json").read_text("utf-8"))
+    try:
+        raw = json.loads((path / "config.json").read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path / 'config.json'} is damaged ({error}): save it again") from error
     try:
         config = family_of(str(raw.get("model_type"))).read(raw)
         head = None if record["head"] is None else HeadConfig(**record["head"])
@@ -223,7 +226,13 @@ def load(directory: str | os.PathLike[str], *, integers: bool = False) -> Loaded
         stem = name.removesuffix("/q")
         if stem in kernels and name != stem:
             bits, shape = kernels[stem]
-            flat[name] = jnp.asarray(unpack(np.asarray(store.read(name)), bits, shape))
+            try:
+                flat[name] = jnp.asarray(unpack(np.asarray(store.read(name)), bits, shape))
+            except ValueError as error:
+                raise ValueError(
+                    f"{path / FILE} does not fit the weights beside it, kernel {stem!r}: {error}; "
+                    "save the model again"
+                ) from error
         else:
             flat[name] = jnp.array(store.read(name))
     base = config.build()

@@ -51,6 +51,7 @@ class QuantConfig:
         (global) batch, "static" = as ``params["quant"]`` has it, see ``train.quantize.calibrate``.
       ste_clip: no gradient for inputs outside of a static range.
       smooth: whether the layer has an entry ``smooth``, see the module.
+      fit: step of a kernel: "absmax" or "mse", see ``fake_quant.steps``.
     """
 
     w_bits: int = 8
@@ -59,10 +60,12 @@ class QuantConfig:
     a_mode: Literal["token", "tensor", "static"] = "token"
     ste_clip: bool = False
     smooth: bool = False
+    fit: Literal["absmax", "mse"] = "absmax"
 
     def __post_init__(self) -> None:
         fq.check_bits(self.w_bits, "w_bits")
         fq.check_bits(self.a_bits, "a_bits")
+        fq.check_fit(self.fit)
         if self.a_mode not in MODES:
             raise ValueError(f"a_mode must be one of {', '.join(MODES)}, got {self.a_mode!r}")
         whole = isinstance(self.group, int) and not isinstance(self.group, bool)
@@ -97,15 +100,17 @@ def rules(
 ) -> tuple[tuple[str, QuantConfig | None], ...]:
     """The rules for a whole model: its stack, and where wanted the matrices around it.
 
-    Those have no site at their inputs, so that their weights alone are rounded. A table has a
-    step for every column, as kernels have; a tied language-model head is rounded with it.
+    Those have no site at their inputs, so that their weights alone are rounded. Embeddings have a
+    step for every column and no groups, whose sizes are of inputs and not of words, positions or
+    types; a tied language-model head is rounded with them.
     """
     alone = dataclasses.replace(config, a_bits=fq.BYPASS, smooth=False)
     chosen: list[tuple[str, QuantConfig | None]] = [(STACKED, config)]
     if quantize_head:
         chosen.append((r"(head|pooler|projection)/(.*/)?kernel", alone))
     if quantize_embed:
-        chosen.append((r"(.*/)?embed/(.*/)?(table|kernel)", alone))
+        whole = dataclasses.replace(alone, group=None)
+        chosen.append((r"(.*/)?embed/(.*/)?(table|kernel)", whole))
     return tuple(chosen)
 
 
@@ -220,7 +225,7 @@ def attach(
 def quantize(params: Params, rules: QuantRules) -> Params:
     """The parameters with a dict ``{"q": int8, "scale": float32}`` for every chosen kernel.
 
-    Round to nearest, the largest magnitude of a channel or group being the largest integer.
+    Round to nearest; by default the largest magnitude of a channel or group is the largest integer.
     Kernels of 32 bits stay as they are; an entry ``smooth`` of ``quant`` is multiplied in.
 
     Raises:
@@ -233,7 +238,8 @@ def quantize(params: Params, rules: QuantRules) -> Params:
         if config.w_bits != fq.BYPASS:
             w = smoothed(own, path, config, extra)
             check_finite(w, path)
-            found[path] = fq.quantize(w, config.w_bits, group=config.group)._asdict()
+            made = fq.quantize(w, config.w_bits, group=config.group, fit=config.fit)
+            found[path] = made._asdict()
         elif config.smooth:
             found[path] = smoothed(own, path, config, extra)
     return requant(tree.replace(own, found), extra)
@@ -261,7 +267,11 @@ def rounded_kernels(
     def one(path: str, config: QuantConfig) -> jax.Array:
         w = smoothed(params, path, config, extra)
         axes = tuple(a for a in range(w.ndim) if a != w.ndim - 2)
-        return fq.fake_quant(w, config.w_bits, axes, group=config.group)
+        scale = None
+        if config.fit != "absmax" and config.w_bits != fq.BYPASS:
+            fixed = jax.lax.stop_gradient(w)
+            scale = fq.steps(fixed, config.w_bits, group=config.group, fit=config.fit)
+        return fq.fake_quant(w, config.w_bits, axes, group=config.group, scale=scale)
 
     live = {path: c for path, c in chosen.items() if c.w_bits != fq.BYPASS or c.smooth}
     return tree.replace(params, {path: one(path, c) for path, c in live.items()})

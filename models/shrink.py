@@ -314,13 +314,15 @@ def student(
     """
     config = _config(model)
     groups = _groups(config)
+    if isinstance(layers, bool):
+        raise ValueError(f"layers must be a number of layers, or a list of them, got {layers}")
     for name, size, total in (
         ("heads", heads, config.heads),
         ("kv_heads", kv_heads, groups),
         ("ffn_width", ffn_width, config.ffn_width),
         ("width", width, config.width),
     ):
-        if size is not None and not 1 <= size <= total:
+        if size is not None and (isinstance(size, bool) or not 1 <= size <= total):
             raise ValueError(f"{name} must lie in 1..{total}, the teacher's, got {size}")
     made = Student(model, params)
     layered = (config.layers,)

@@ -9,7 +9,7 @@ from typing import Any
 from steppe.data import batches as batches_
 from steppe.launch import pieces as pieces_
 from steppe.launch import setup
-from steppe.launch.distill import objectives, opened, texts
+from steppe.launch.distill import objectives, opened, stored, texts
 from steppe.launch.distill.settings import DistillConfig
 from steppe.launch.pieces import Pieces
 from steppe.models.model import Model
@@ -47,7 +47,8 @@ class Distilled:
 
 
 def build(config: DistillConfig) -> Distilled:
-    """Opens and checks both models and the data, and builds the step. Writes nothing.
+    """Opens and checks both models and the data, and builds the step. Writes nothing but the
+    store of the settings, where there is one and this is no dry run.
 
     Args:
       config: resolved.
@@ -75,12 +76,17 @@ def build(config: DistillConfig) -> Distilled:
     joint = distill.with_teacher(base.model, whole, extra=more)
     tokenizer = data.tokenizer
     assert tokenizer is not None
-    objective = objectives.make(config, base.model, own, tokenizer, both.vocab)
+    store = None
+    if config.store is not None and not config.dry_run:
+        store = stored.ready(config, taught, data, both.vocab)
+    objective = objectives.make(config, base.model, own, tokenizer, both.vocab, store)
     joint_plan = dataclasses.replace(base.plan, rules=tuple(joint.axes))
     train = pieces_.make_step(
         training, joint, data.task.kind, base.tx, joint_plan, objective=objective
     )
     batches = _batches(config, base, readings)
+    if store is not None:
+        batches = stored.Stored(batches, store)
     replayed = batches if isinstance(batches, texts.Texts) else None
     step: Any = texts.wrap(
         config,
@@ -108,6 +114,7 @@ def build(config: DistillConfig) -> Distilled:
         beside=beside,
         extra=texts.empty(config, joint_plan),
         heard=None if replayed is None else replayed.heard,
+        teacher=taught.model,
     )
     return Distilled(config, both, pieces, base.model, teacher, readings)
 

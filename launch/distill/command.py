@@ -2,7 +2,7 @@
 
 The run folder is that of ``steppe finetune``, with ``config.json`` of this command and, in
 results.json, ``distillation``: scores of the teacher, agreement, sizes, speed, and for language
-models the parts of the KL by difficulty of the tokens.
+models the parts of the KL by difficulty of the tokens and the exposure bias.
 """
 
 from __future__ import annotations
@@ -12,15 +12,20 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+import numpy as np
+
 from steppe.launch import config as config_
 from steppe.launch import finetune, scoring
-from steppe.launch.distill import measure, opened, schemes
+from steppe.launch.distill import measure, opened, schemes, texts
 from steppe.launch.distill.build import Distilled, build
 from steppe.launch.distill.settings import DistillConfig, read
 from steppe.launch.pods import rank
 from steppe.models import tree
+from steppe.models.decoding import Settings
 from steppe.models.tree import Params
 from steppe.train import distill
+from steppe.train.distill import policies
 from steppe.train.distill.pairs import STUDENT, TEACHER, Pair
 
 
@@ -104,12 +109,34 @@ def compare(made: Distilled, found: dict[str, Any], params: Params, test: Any) -
         ratio = 0.5 if config.hard_ratio is None else config.hard_ratio
         out["difficulty"] = measure.difficulty(parts, ratio)
         out["agreement"]["kl"] = out["difficulty"]["all"]["kl"]
+        if config.samples and jax.process_count() == 1:
+            out["exposure"] = _exposure(made, pair, params)
     out["sizes"] = _sizes(made, params)
     batch = next(iter(made.evaluation("test")))
     sides = ((made.student, params[STUDENT]), (made.teacher, params[TEACHER]))
     out["speed"] = measure.speed(*sides, batch)
     found["distillation"] = out
     found["optimiser"]["method"] = f"{schemes.describe(config)}; {found['optimiser']['method']}"
+
+
+def _exposure(made: Distilled, pair: Pair, params: Params) -> dict[str, Any] | None:
+    """Errors that add up where the student writes, on as many texts as there are samples."""
+    config, data = made.config, made.pieces.data
+    tokenizer = data.tokenizer
+    assert tokenizer is not None
+    batch = next(iter(made.pieces.evaluation("test")))
+    batch, real = texts.prompted(batch, config, tokenizer.pad_id, texts.PROMPT)
+    if not real.any():
+        return None
+    rows = np.flatnonzero(real)[: config.samples]
+    write = policies.student(
+        made.student,
+        eos_id=tokenizer.stop_ids or None,
+        pad_id=tokenizer.pad_id,
+        settings=Settings(max_new_tokens=config.sample_tokens),
+        vocab=made.both.vocab,
+    )
+    return measure.exposure(pair, params, {k: v[rows] for k, v in batch.items()}, write)
 
 
 def _sizes(made: Distilled, params: Params) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from steppe.models.tree import Params
 from steppe.train import evaluate
 from steppe.train.distill.atkd import decompose_pair
 from steppe.train.distill.pairs import Pair
+from steppe.train.evaluate import exposure as biases
 
 GROUPS = 10
 ROUNDS = 7
@@ -23,6 +24,8 @@ ROUNDS = 7
 TIMED = 512
 # Vocabularies above it are taken in pieces when nothing else is said.
 WHOLE = 16384
+# Logits of a model that are in memory at once where texts are compared step by step.
+LOGITS = 1 << 24
 
 
 def agreement(student: Any, teacher: Any) -> dict[str, Any]:
@@ -119,6 +122,49 @@ def difficulty(found: Tokens, hard_ratio: float = 0.5, groups: int = GROUPS) -> 
         "all": means(np.ones(len(order), bool)),
         "hard_ratio": hard_ratio,
     }
+
+
+def exposure(
+    pair: Pair,
+    params: Params,
+    batch: Mapping[str, Any],
+    write: Callable[[Params, Any, jax.Array], Any],
+) -> dict[str, Any] | None:
+    """The exposure bias of the student, see ``steppe.train.evaluate.exposure``.
+
+    Args:
+      pair, params: as in :func:`tokens`.
+      batch: texts of the data, of which the student goes on with the prompts.
+      write: ``(params, batch, key) -> batch``, the student's greedy texts.
+
+    Returns:
+      ``ex_acc_err`` (per cent), ``acc_err``, ``regret``, ``per_step`` (nats), ``length``, as
+      there, and ``texts``, their number; None where the student makes no error on the data.
+    """
+    rows, length = np.shape(batch["labels"])
+    size = pair.vocab or pair.student.config.vocab_size
+    some = max(1, min(rows, LOGITS // (length * size)))
+
+    @jax.jit
+    def fn(params: Params, batch: Any) -> biases.StepErrors:
+        z_s, z_t, _, mask = pair.dense(params, batch, None)
+        return biases.step_errors(z_s, z_t, mask, length=length)
+
+    def sums(batch: Mapping[str, Any]) -> biases.StepErrors:
+        held = {k: np.asarray(batch[k]) for k in ("input_ids", "attention_mask", "labels")}
+        held["label_mask"] = np.asarray(batch["label_mask"])
+        found = None
+        for at in range(0, rows - rows % some, some):
+            part = jax.device_get(fn(params, {k: v[at : at + some] for k, v in held.items()}))
+            found = part if found is None else found.add(part)
+        assert found is not None
+        return found
+
+    given = sums(batch)
+    if not given.error.any():
+        return None
+    found = biases.exposure_bias(sums(write(params, batch, jax.random.key(0))), given)
+    return {**found._asdict(), "texts": rows - rows % some}
 
 
 def speed(

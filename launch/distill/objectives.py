@@ -12,7 +12,8 @@ from steppe.launch.distill.settings import DistillConfig
 from steppe.models.model import Model
 from steppe.models.tree import Params
 from steppe.train import distill
-from steppe.train.distill import features
+from steppe.train.distill import features, offline
+from steppe.train.distill.store import Store
 from steppe.train.objectives import basic
 from steppe.train.types import Objective
 
@@ -23,6 +24,7 @@ def make(
     teacher: distill.Teacher,
     tokenizer: Tokenizer,
     vocab: int | None = None,
+    store: Store | None = None,
 ) -> Objective:
     """The objective of resolved settings, on parameters ``{"student": ..., "teacher": ...}``.
 
@@ -31,6 +33,7 @@ def make(
       teacher: without parameters: they stand in the state.
       tokenizer: the student's, for the tokens that masks and ends are.
       vocab: see ``opened.Both``.
+      store: what the teacher has said; it does not run then.
 
     Raises:
       ValueError: whatever does not fit, such as a layer map or a number of heads.
@@ -68,22 +71,33 @@ def make(
     if scheme == "seqkd":
         return labels
     assert r is not None
-    rewrite = _rewrite(config, student, tokenizer, sizes)
-    if scheme in PLAIN:
-        return distill.kd(
+    if store is not None:
+        kept = offline.stored_kd(
             student,
-            teacher,
+            store,
             kind=config.divergence or "forward_kl",
-            temperature=_number(config.temperature),
             beta=0.5 if config.beta is None else config.beta,
             alpha=0.1 if config.alpha is None else config.alpha,
-            ratio=r,
             scale_tau2=True,
-            top_k=config.top_k,
-            token_chunk=config.token_chunk,
-            policy=rewrite,
-            **sizes,
         )
+        return kept if r == 1 else basic.weighted({"kd": (kept, r), "ce": (labels, 1 - r)})
+    inside = config.policy == "imperfect" and not filled_before(config)
+    rewrite = fills(config, student, tokenizer, sizes) if inside else None
+    if scheme in PLAIN:
+        how: dict[str, Any] = {
+            "kind": config.divergence or "forward_kl",
+            "temperature": _number(config.temperature),
+            "beta": 0.5 if config.beta is None else config.beta,
+            "ratio": r,
+            "scale_tau2": True,
+            "top_k": config.top_k,
+            "token_chunk": config.token_chunk,
+            **sizes,
+        }
+        if scheme == "fdistill":
+            return distill.fdistill(student, teacher, **how)
+        alpha = 0.1 if config.alpha is None else config.alpha
+        return distill.kd(student, teacher, alpha=alpha, policy=rewrite, **how)
     taught: Objective
     if scheme == "features":
         taught = _features(config, student, teacher)
@@ -111,11 +125,19 @@ def make(
     return basic.weighted({scheme: (taught, r), "ce": (labels, 1 - r)})
 
 
-def _rewrite(
+def filled_before(config: DistillConfig) -> bool:
+    """Whether masked tokens are filled before the step, and not inside the objective.
+
+    ATKD splits a batch at the median of all its tokens, which must be those that are learnt from:
+    no micro-batch can fill its own.
+    """
+    return config.scheme == "atkd" and config.policy == "imperfect" and config.microbatches > 1
+
+
+def fills(
     config: DistillConfig, student: Model, tokenizer: Tokenizer, sizes: dict[str, Any]
 ) -> Any:
-    if config.policy != "imperfect":
-        return None
+    """The policy "imperfect" of the settings."""
     return distill.imperfect(
         student,
         bos_id=_begin(tokenizer),

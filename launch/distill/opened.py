@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from steppe.data.text import Tokenizer
 from steppe.launch import config as config_
@@ -15,7 +16,7 @@ from steppe.launch import kinds, opening, pieces, setup
 from steppe.launch.config import DataConfig
 from steppe.launch.distill import schemes
 from steppe.launch.distill.settings import TEACHER, DistillConfig
-from steppe.models import pretrained, shrink
+from steppe.models import pretrained, shrink, tree
 from steppe.models.families import faithful
 from steppe.train import distill
 
@@ -89,23 +90,38 @@ def find(config: DistillConfig) -> Both:
             setup.check_fit(config.data, teacher.bare.max_length)
         except ValueError as error:
             raise ValueError(f"the teacher {teacher.given}: {error}") from error
-    written = config.data.task in schemes.WRITTEN_TASKS
-    one, vocab = True, None
-    if not same:
-        try:
-            common = distill.check_tokenizers(student.tokenizer, teacher.tokenizer)
-        except ValueError as error:
-            if written:
-                raise ValueError(_across(config, error)) from error
-            one, common = False, 0
-        if written and student.bare.vocab_size != teacher.bare.vocab_size:
-            vocab = min(common, student.bare.vocab_size, teacher.bare.vocab_size)
+    one, vocab = (True, None) if same else _agreed(config, student, teacher)
     if not one and config.scheme == "features":
         raise ValueError(
             "scheme='features' compares token by token, and the two models have different "
             f"tokenizers ({student.given} and {teacher.given}): use kd, dkd, atkd or dwt"
         )
     return Both(teacher, student, vocab, one)
+
+
+def _agreed(config: DistillConfig, student: Source, teacher: Source) -> tuple[bool, int | None]:
+    """(whether both can read the same tokens, ``vocab`` of :class:`Both`).
+
+    Raises:
+      ValueError: they cannot, and token by token is how they are to be compared.
+    """
+    written = config.data.task in schemes.WRITTEN_TASKS
+    try:
+        common = distill.check_tokenizers(student.tokenizer, teacher.tokenizer)
+    except ValueError as error:
+        if written:
+            raise ValueError(_across(config, error)) from error
+        return False, None
+    new = distill.first_unknown(student.tokenizer, teacher.tokenizer)
+    if not written:
+        # A token that only one of them has would be another text to the other.
+        equal = distill.first_unknown(teacher.tokenizer, student.tokenizer) is None
+        return new is None and (equal or config.scheme == "features"), None
+    if new is not None:
+        differ = f"the tokenizers differ: id {new[0]} is {new[1]!r} to the student and none"
+        raise ValueError(_across(config, ValueError(f"{differ} to the teacher")))
+    sizes = student.bare.vocab_size, teacher.bare.vocab_size
+    return True, None if sizes[0] == sizes[1] else min(common, *sizes)
 
 
 def _source(given: str, task: str) -> Source:
@@ -121,7 +137,7 @@ def _across(config: DistillConfig, error: ValueError) -> str:
     first = str(error).split(". A divergence")[0].split(": they are not")[0]
     return (
         f"{first}. scheme={config.scheme!r} compares token by token; across tokenizers "
-        "sequence-level distillation works: let the teacher write (steppe generate "
+        "sequence-level distillation (SeqKD) works: let the teacher write (steppe generate "
         f"{config.teacher} --prompts FILE --out TEXTS) and fine-tune the student on it "
         "(steppe finetune --data.source file:TEXTS)"
     )
@@ -134,8 +150,20 @@ def load_teacher(config: DistillConfig, source: Source) -> pretrained.Loaded:
     """The teacher with its head.
 
     Raises:
-      ValueError: it has none of the kind that the task needs.
+      ValueError: it has none of the kind that the task needs; parameters that are no numbers.
     """
+    loaded = _with_head(config, source)
+    fine = jax.jit(lambda own: jax.tree.map(lambda x: jnp.isfinite(x).all(), own))(loaded.params)
+    for path, whole in tree.flatten(fine).items():
+        if not bool(whole):
+            raise ValueError(
+                f"the teacher {source.given} holds NaN or infinity in {path!r}: nothing can be "
+                "learnt from it; look at how it was trained and saved"
+            )
+    return loaded
+
+
+def _with_head(config: DistillConfig, source: Source) -> pretrained.Loaded:
     head = kinds.head_of(_kind(config.data.task))
     # Its head is its own: a fresh one would teach noise.
     loaded = pretrained.load(source.origin.weights, dtype=config.teacher_dtype)

@@ -6,13 +6,15 @@ dkd       forward_kl, in two weighted parts        any, gt                      
 seqkd     none: the label loss on those texts      teacher
 imitkd    forward_kl                               mix_request, student, mix_token
 gkd       any, jsd                                 mix_request, student, gt
-fdistill  tvd, jsd, forward_kl, reverse_kl         mix_request, student, teacher, mix_token
+fdistill  tvd, jsd, forward_kl, reverse_kl         mix_request, student, teacher, mix_token (1)
 minillm   reverse_kl, by policy gradient           mix_token, student
 distillm  skew_forward_kl, skew_reverse_kl         replay, student, mix_request, gt
 atkd      forward_kl, reverse_kl, by difficulty    any, gt                              yes
 kid       any, reverse_kl                          imperfect
 dwt       forward_kl, with a falling weight        gt                                   yes
 features  none: hidden states or attention         gt                                   yes
+
+(1) forward_kl: teacher first, reverse_kl: student first, on whose texts alone they are taken.
 
 The objectives are those of ``steppe.train.distill``. Settings that are None are the scheme's.
 """
@@ -100,6 +102,9 @@ SCHEMES: dict[str, Scheme] = {
 # Schemes whose objective is ``steppe.train.distill.kd``.
 PLAIN = ("kd", "imitkd", "gkd", "fdistill", "distillm")
 
+# Where the default of a divergence is not the first of the scheme's policies.
+WRITERS = {("fdistill", "forward_kl"): "teacher", ("fdistill", "reverse_kl"): "student"}
+
 Reads = Callable[[Any], bool]
 # setting -> (default, whether a configuration reads it, what does)
 OPTIONS: dict[str, tuple[Any, Reads, str]] = {
@@ -115,6 +120,16 @@ OPTIONS: dict[str, tuple[Any, Reads, str]] = {
         "divergence skew_forward_kl, skew_reverse_kl",
     ),
     "top_k": (None, lambda c: c.scheme in PLAIN, f"scheme {', '.join(PLAIN)}"),
+    "store": (
+        None,
+        lambda c: (
+            (c.scheme, c.policy) == ("kd", "gt")
+            and c.data.task in WRITTEN_TASKS
+            and c.top_k is not None
+            and c.vocab_chunk is None
+        ),
+        "scheme kd with policy gt, data.task lm, chat, a top_k and no vocab_chunk",
+    ),
     "vocab_chunk": (
         None,
         lambda c: c.data.task in WRITTEN_TASKS and c.scheme not in ("minillm", "features"),
@@ -164,7 +179,7 @@ def resolved(config: DistillConfig) -> DistillConfig:
     if config.divergence is None and scheme.divergences:
         change["divergence"] = scheme.divergences[0]
     if config.policy is None:
-        change["policy"] = scheme.policies[0]
+        change["policy"] = policy_of(config)
     if config.weight is None:
         change["weight"] = scheme.weight
     named = dataclasses.replace(config, **change)
@@ -173,10 +188,22 @@ def resolved(config: DistillConfig) -> DistillConfig:
         for name, (usual, reads, _) in OPTIONS.items()
         if getattr(named, name) in (None, ()) and reads(named)
     }
+    if "share" in filled and named.scheme == "fdistill" and named.divergence == "jsd":
+        # The student's half of the divergence weighs 1 - beta.
+        beta = filled["beta"] if named.beta is None else named.beta
+        filled["share"] = round(1.0 - beta, 9)
     if named.policy in WRITING and config.data.packed:
         # A row of several texts has no prompt that could be gone on with.
         filled["data"] = dataclasses.replace(config.data, packed=False)
     return dataclasses.replace(named, **filled)
+
+
+def policy_of(config: DistillConfig) -> str:
+    """The policy of the settings, or the default of their scheme and divergence."""
+    if config.policy is not None:
+        return config.policy
+    scheme = SCHEMES[config.scheme]
+    return WRITERS.get((config.scheme, str(config.divergence)), scheme.policies[0])
 
 
 def check(config: DistillConfig) -> None:
@@ -195,7 +222,7 @@ def check(config: DistillConfig) -> None:
         )
     _goes("divergence", config.divergence, scheme.divergences, config.scheme)
     _goes("policy", config.policy, scheme.policies, config.scheme)
-    policy = config.policy or scheme.policies[0]
+    policy = policy_of(config)
     if task in CLASS_TASKS and not scheme.classes:
         having = ", ".join(name for name, one in SCHEMES.items() if one.classes)
         raise ValueError(
@@ -239,7 +266,7 @@ def _check_options(config: DistillConfig) -> None:
     scheme = SCHEMES[config.scheme]
     first = scheme.divergences[0] if scheme.divergences else None
     divergence: str | None = config.divergence or first
-    shown = _View(config, divergence, config.policy or scheme.policies[0])
+    shown = _View(config, divergence, policy_of(config))
     for name, (_, reads, where) in OPTIONS.items():
         value = getattr(config, name)
         if value not in (None, ()) and not reads(shown):

@@ -60,6 +60,11 @@ SHARED = (
     "samples",
     "sample_tokens",
     "watchdog",
+    "spike_factor",
+    "spike_norm_factor",
+    "spike_window",
+    "spike_rollbacks",
+    "profile",
     "resume",
     "dry_run",
 )
@@ -109,6 +114,8 @@ class DistillConfig:
       temperature: divides the logits of both; the loss is multiplied by its square.
       beta, alpha: of the jsd and symmetric divergences; of the skewed ones.
       top_k: compare the teacher's k most probable classes and the remainder.
+      store: kd on the data's texts: folder of the teacher's predictions for the training split, its
+        top_k tokens each; written if it is not there. No step runs the teacher then.
       vocab_chunk: decoders: columns of the vocabulary at a time; None = all logits in memory.
       token_chunk: decoders: tokens at a time, in place of vocab_chunk: the same loss at the work
         of the dense form.
@@ -127,7 +134,8 @@ class DistillConfig:
       max_new_tokens, sample_temperature: of the texts that are written to learn from.
       epochs, steps, batch_size, microbatches, drop, freeze, ema, compute_dtype, mesh, seed,
         log_every, eval_every, save_every, keep, tensorboard, samples, sample_tokens, watchdog,
-        resume: as in ``steppe finetune``; replay adapts at every evaluation.
+        spike_factor, spike_norm_factor, spike_window, spike_rollbacks, profile, resume: as in
+        ``steppe finetune``; replay adapts at every evaluation.
       dry_run: print the resolved config and what is compared, and stop.
     """
 
@@ -152,6 +160,7 @@ class DistillConfig:
     beta: float | None = None
     alpha: float | None = None
     top_k: int | None = None
+    store: str | None = None
     vocab_chunk: int | None = None
     token_chunk: int | None = None
     tkd: float | None = None
@@ -188,6 +197,11 @@ class DistillConfig:
     samples: int = 16
     sample_tokens: int = 64
     watchdog: float = 0.0
+    spike_factor: float = 0.0
+    spike_norm_factor: float = 0.0
+    spike_window: int = 50
+    spike_rollbacks: int = 3
+    profile: str = ""
     resume: bool = False
     dry_run: bool = False
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from steppe.data.text import Tokenizer
+from steppe.launch.distill import objectives
 from steppe.launch.distill.schemes import WRITING
 from steppe.launch.distill.settings import DistillConfig
 from steppe.models.decoding import Settings
@@ -28,6 +29,8 @@ from steppe.train.step import TrainStep
 from steppe.train.types import Metrics, TrainState
 
 REPLAY = "replay"
+# Tokens of a plain text that are given where the settings do not say it.
+PROMPT = 16
 PHI, LAST = "replay_phi", "replay_last"
 # Folded into the key of the run, so that texts and dropout are drawn apart.
 _STREAM = 0x7E87
@@ -113,10 +116,16 @@ def wrap(
         raise ValueError(f"policy={config.policy!r} writes texts, which takes a single process")
     scored = config.scheme == "minillm"
     # Without it every micro-batch would be split at a median of its own.
-    shared = config.scheme == "atkd" and config.microbatches > 1 and config.policy != "imperfect"
+    shared = config.scheme == "atkd" and config.microbatches > 1
+    sizes: dict[str, Any] = {"vocab": vocab, "vocab_chunk": config.vocab_chunk}
+    fill = (
+        jax.jit(objectives.fills(config, student, tokenizer, sizes))
+        if objectives.filled_before(config)
+        else None
+    )
     if not (writing or scored or shared):
         return train
-    write = _policy(config, student, teacher, tokenizer) if writing else None
+    write = _policy(config, student, teacher, tokenizer, vocab) if writing else None
 
     @jax.jit
     def score(params: Params, batch: Any) -> Any:
@@ -129,8 +138,7 @@ def wrap(
             teacher,
             hard_ratio=0.5 if config.hard_ratio is None else config.hard_ratio,
             shift=student.config.head.kind == "lm",
-            vocab=vocab,
-            vocab_chunk=config.vocab_chunk,
+            **sizes,
         )
     )
 
@@ -160,7 +168,11 @@ def wrap(
         if scored:
             batch = score(params, batch)
         if shared:
-            batch = limit(params, {k: v for k, v in batch.items() if k != "example_index"})
+            batch = {k: v for k, v in batch.items() if k != "example_index"}
+            if fill is not None:
+                key = jax.random.fold_in(jax.random.fold_in(state.rng, _STREAM), int(state.step))
+                batch = fill(params, batch, key)
+            batch = limit(params, batch)
         # In one order: names of another order would be another program.
         return state, {name: np.asarray(batch[name]) for name in sorted(batch)}
 
@@ -168,33 +180,46 @@ def wrap(
 
 
 def _policy(
-    config: DistillConfig, student: Model, teacher: distill.Teacher, tokenizer: Tokenizer
+    config: DistillConfig,
+    student: Model,
+    teacher: distill.Teacher,
+    tokenizer: Tokenizer,
+    vocab: int | None,
 ) -> Any:
     temperature = 1.0 if config.sample_temperature is None else config.sample_temperature
     how: dict[str, Any] = {
         "eos_id": tokenizer.stop_ids or None,
         "pad_id": tokenizer.pad_id,
         "settings": Settings(max_new_tokens=config.max_new_tokens or 64, temperature=temperature),
+        "vocab": vocab,
     }
+
+    def signed(policy: Any, by_student: bool) -> Any:
+        # Half of this divergence is taken on the texts of each.
+        halves = config.scheme == "fdistill" and config.divergence == "jsd"
+        return distill.written(policy, by_student) if halves else policy
+
     share = 0.5 if config.share is None else config.share
     if config.policy == "teacher":
-        return policies.teacher(teacher, **how)
+        return signed(policies.teacher(teacher, **how), False)
     if config.policy == "mix_token":
         return policies.mix_token(student, teacher, share=share, **how)
-    own = policies.student(student, **how)
+    own = signed(policies.student(student, **how), True)
     if config.policy == "mix_request":
-        other = policies.teacher(teacher, **how) if config.mix_with == "teacher" else None
-        return policies.mix_request(own, other, share=share)
+        theirs = config.mix_with == "teacher"
+        other = policies.teacher(teacher, **how) if theirs else policies.gt()
+        return policies.mix_request(own, signed(other, False), share=share)
     return own
 
 
 def prompted(
-    batch: Mapping[str, Any], config: DistillConfig, pad_id: int
+    batch: Mapping[str, Any], config: DistillConfig, pad_id: int, prompt_tokens: int | None = None
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """A batch that can be gone on with, in one shape; and which of its rows are texts, bool [B].
 
     Rows are padded to ``max_length``, so that a new text has room and one program serves all.
-    Of a plain text (lm) the first tokens become the prompt. Rows without a label, as the last
+    Of a plain text (lm) the first tokens, ``prompt_tokens`` or what the settings say, become the
+    prompt. Rows without a label, as the last
     batch of an epoch has them, stand for another row: their labels do not count afterwards.
     """
     length = config.data.max_length
@@ -205,7 +230,8 @@ def prompted(
     if config.data.task == "lm":
         counts = there.sum(1)
         # At least one token is given, and one is left to be learnt.
-        given = np.clip(np.minimum(config.prompt_tokens or 1, counts // 2), 1, None)
+        wanted = prompt_tokens or config.prompt_tokens or 1
+        given = np.clip(np.minimum(wanted, counts // 2), 1, None)
         mask = mask * (np.arange(length) >= given[:, None])
     mask[:, 0] = 0.0
     real: np.ndarray = np.asarray((mask > 0).any(1))

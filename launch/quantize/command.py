@@ -49,6 +49,7 @@ def run(config: QuantizeConfig, command: Sequence[str] = ()) -> dict[str, Any]:
     out = Path(config.out)
     folders.check(config, out, GROWS)
     opened = open_model(config)
+    methods.check(opened, config)
     for bits in config.bits:  # before anything is computed
         for method in config.method:
             quantized.resolve(opened.model, methods.rules_of(bits, method, config))

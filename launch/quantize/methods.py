@@ -51,8 +51,37 @@ class Made(NamedTuple):
 
 def rules_of(bits: str, method: str, config: QuantizeConfig) -> quantized.QuantRules:
     """What is rounded by a scheme and method."""
-    scheme = quantized.parse(bits, a_mode=config.activations, smooth=method in ("smooth", "awq"))
+    scheme = quantized.parse(
+        bits, a_mode=config.activations, smooth=method in ("smooth", "awq"), fit=config.fit
+    )
     return quantized.rules(scheme, quantize_embed=config.embed, quantize_head=config.head)
+
+
+def check(opened: Opened, config: QuantizeConfig) -> None:
+    """Refuses methods that have nothing to learn from in this model or its data.
+
+    Raises:
+      ValueError: naming the method, and what goes.
+    """
+    head = opened.model.config.head
+    numbers = head is not None and head.kind == "regression"
+    for method in config.method:
+        if method in FROM_DATA and opened.task is None:
+            raise ValueError(
+                f"method {method!r} learns from the training split, and no data is named: give "
+                "--data.source, or a run folder"
+            )
+        if method == "data" and numbers:
+            raise ValueError(
+                f"method 'data' compares distributions over classes, and {config.model} predicts "
+                "numbers (regression): take qat, which learns its labels, or zsaq with "
+                "--divergence mse"
+            )
+        if method in GAMES and numbers and config.divergence == "kl":
+            raise ValueError(
+                f"divergence='kl' of method {method!r} compares distributions, and {config.model} "
+                "predicts numbers (regression): give --divergence l1 or mse"
+            )
 
 
 def quantize(
@@ -149,17 +178,9 @@ def _learned(
     folder: Path,
     tell: Told,
 ) -> Params:
-    """The student's float parameters after as many steps as a game has, on the training split.
-
-    Raises:
-      ValueError: no data is known.
-    """
+    """The student's float parameters after as many steps as a game has, on the training split."""
     task = opened.task
-    if task is None:
-        raise ValueError(
-            f"method {method!r} learns from the training split, and no data is named: give "
-            "--data.source, or a run folder"
-        )
+    assert task is not None, "see check"
     student = quantized.wrap(opened.model, rules)
     joint = distill.with_teacher(student, Teacher(opened.model, opened.params))
     given = quantized.with_entries(student, params)
@@ -237,7 +258,7 @@ class _Said:
 
 def describe(config: QuantizeConfig, method: str) -> dict[str, Any]:
     """The settings that a method has used, for the model's record."""
-    names = ["activations", "embed", "head"]
+    names = ["activations", "fit", "embed", "head"]
     if method in (*GRAMS, *MAGNITUDES) or config.activations == "static":
         names += ["calibration", "examples"]
     if method in LEARNS:

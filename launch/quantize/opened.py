@@ -65,7 +65,7 @@ def open_model(config: QuantizeConfig) -> Opened:
     folder = origin.tokenizer if origin.tokenizer.is_dir() else None
     if not data.source:
         return Opened(
-            loaded.model, loaded.params, loaded.labels, folder, None, _ends(origin, loaded.model)
+            loaded.model, loaded.params, loaded.labels, folder, None, ends(origin, loaded.model)
         )
     if config.eval_limit and not (0 < data.eval_limit <= config.eval_limit):
         data = dataclasses.replace(data, eval_limit=config.eval_limit)
@@ -91,11 +91,11 @@ def open_model(config: QuantizeConfig) -> Opened:
         data.source, kind, metric, metric in LESS, data, made.task, made.tokenizer, made.splits,
         rows,
     )  # fmt: skip
-    ends = _ends(origin, loaded.model)
-    return Opened(loaded.model, loaded.params, loaded.labels, folder, task, ends)
+    around = ends(origin, loaded.model)
+    return Opened(loaded.model, loaded.params, loaded.labels, folder, task, around)
 
 
-def _ends(origin: Any, model: Model) -> tuple[int, int] | None:
+def ends(origin: Any, model: Model) -> tuple[int, int] | None:
     """What the tokenizer puts around an empty text, where that is one token on either side."""
     from steppe.data.text import Tokenizer
     from steppe.models.encoder import EncoderConfig

@@ -41,7 +41,10 @@ class QuantizeConfig:
         or ``noise``, tokens drawn at random (images: normal noise), which needs no data.
       examples: of those.
       activations: range of a layer's input: of each token, of each batch (tensor), or static.
-      embed, head: also round embeddings, and what stands behind the layers.
+      fit: step of a kernel's channel: absmax, its largest magnitude is the largest integer, or mse,
+        the step of least squared error (in every step of a method that learns).
+      embed, head: also round embeddings, a step for every column whatever the groups of ``bits``
+        are, and what stands behind the layers.
       rho: zsaq: radius of the perturbation.
       k_min: games: steps of the student for one of the generator.
       steps: games: iterations; data and qat take steps * k_min steps of the student.
@@ -66,6 +69,7 @@ class QuantizeConfig:
     calibration: Literal["data", "noise"] = "data"
     examples: int = 128
     activations: Literal["token", "tensor", "static"] = "token"
+    fit: Literal["absmax", "mse"] = "absmax"
     embed: bool = False
     head: bool = False
     rho: float = 0.05
@@ -91,8 +95,13 @@ class QuantizeConfig:
                 raise ValueError(f"{name} must not be empty")
             if len(set(values)) != len(values):
                 raise ValueError(f"{name} must not hold a value twice, got {values}")
+        known: dict[quantized.QuantConfig, str] = {}
         for text in self.bits:
-            quantized.parse(text)
+            other = known.setdefault(quantized.parse(text), text)
+            if other != text:
+                raise ValueError(
+                    f"bits must not hold a scheme twice, {other} and {text} are one: leave one out"
+                )
         for name in self.method:
             if name not in METHODS:
                 raise ValueError(f"method must be of {', '.join(METHODS)}, got {name!r}")

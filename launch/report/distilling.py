@@ -83,6 +83,13 @@ def _said(given: Mapping[str, Any]) -> str:
         if math.isfinite(number(same.get("kl"))):
             text += f"; KL(teacher, student) {number(same['kl']):.4f} nats"
         parts.append(f"{text}.")
+    bias = mapping(given.get("exposure"))
+    if math.isfinite(number(bias.get("ex_acc_err"))):
+        texts, length = (number(bias.get(name)) for name in ("texts", "length"))
+        parts.append(
+            f"Over {length:.0f} tokens of {texts:.0f} texts of its own its errors add up to "
+            f"{number(bias['ex_acc_err']):.0f}% more than on the data's (ExAccErr)."
+        )
     speed = mapping(given.get("speed"))
     ratio, low, high = (number(speed.get(name)) for name in ("ratio", "low", "high"))
     if math.isfinite(ratio):

@@ -12,14 +12,14 @@ import pytest
 
 from steppe.launch import cli, config
 from steppe.launch.config import DataConfig
-from steppe.launch.distill import recipes, schemes, settings
+from steppe.launch.distill import opened, recipes, schemes, settings
 from steppe.launch.distill.build import build
 from steppe.launch.distill.settings import DistillConfig
 from steppe.launch.pieces import start
 from steppe.models import pretrained, shrink
 from steppe.train import distill
 
-from .conftest import VOCAB, write_lines, write_tokenizer
+from .conftest import VOCAB, save, write_lines, write_tokenizer
 
 
 def results(run):
@@ -239,6 +239,53 @@ def test_each_model_reads_by_its_own_tokenizer(reviews, taught, learnt, tmp_path
         )
 
 
+def test_one_reading_takes_one_vocabulary(reviews, taught, tmp_path):
+    """A word that one of the two lacks is read by each in its own way."""
+    from steppe.models.encoder import EncoderConfig
+
+    words = (Path(reviews.model) / "vocab.txt").read_text().split()
+    model = EncoderConfig("bert", 17, 8, 1, 2, 16, 16, types=2, pooler=True, drop=0.0).build()
+    params = jax.jit(model.init)(jax.random.key(3))
+    data = DataConfig(source=reviews.a, max_length=12, buckets=(12,))
+    for name, more, one, alike in (
+        ("same", (), True, True),
+        ("more", ("great",), False, False),
+        ("less", (), False, True),
+    ):
+        folder = tmp_path / name
+        pretrained.save(folder, model, params)
+        kept = words[:-1] if name == "less" else words
+        (folder / "vocab.txt").write_text("\n".join([*kept, *more]) + "\n")
+        (folder / "tokenizer_config.json").write_text('{"do_lower_case": true}')
+        given = DistillConfig(teacher=str(taught), student=str(folder), data=data)
+        assert opened.find(given).one_reading is one
+        # Features are compared token by token, which the teacher must know.
+        features = dataclasses.replace(given, scheme="features")
+        if alike:
+            assert opened.find(features).one_reading
+        else:
+            with pytest.raises(ValueError, match="different tokenizers"):
+                opened.find(features)
+
+
+def test_a_teacher_of_nan_is_named(reviews, taught, tmp_path):
+    from steppe.models import tree
+
+    loaded = pretrained.load(taught / "model")
+    kernel = loaded.params["layers"]["attn"]["q"]["kernel"].at[0, 0, 0].set(jnp.nan)
+    params = tree.replace(loaded.params, {"layers/attn/q/kernel": kernel})
+    broken = tmp_path / "broken"
+    pretrained.save(
+        broken, loaded.model, params, labels=loaded.labels, tokenizer_dir=taught / "model"
+    )
+    given = DistillConfig(
+        teacher=str(broken), student="teacher:layers=1", data=DataConfig(source=reviews.a)
+    )
+    source = opened.find(given).teacher
+    with pytest.raises(ValueError, match="broken holds NaN or infinity in 'layers/attn/q/kernel'"):
+        opened.load_teacher(given, source)
+
+
 def test_features_train_projections_that_stay_behind(reviews, taught, tmp_path):
     """A student of another width; what is learnt beside it is not exported."""
     from steppe.models.encoder import EncoderConfig
@@ -312,6 +359,7 @@ def test_what_does_not_go_together(capsys, reviews, taught, tmp_path):
         ([f"--teacher={reviews.model}"], "no head, but classification is distilled"),
         (["--data.classes", "pos", "neg"], "the teacher knows neg, pos in this order"),
         (["--scheme=features", "--layer-map", "5:1"], "layer 5 of the student"),
+        (["--top-k=5"], "top_k must be a whole number in 1..2"),
     ]:
         base = [f"--teacher={taught}", "--student=teacher:layers=1", f"--out={out}"]
         kept = [x for x in base if x.split("=")[0] not in {m.split("=")[0] for m in more}]
@@ -328,6 +376,12 @@ def test_models_that_do_not_fit(capsys, tiny, reviews, taught, tmp_path):
     given = (f"--teacher={tiny.llama}", f"--student={renamed}")
     place = len(VOCAB) - 2
     says = (f"id {place} is 'h' to the student and 'g' to the teacher", "sequence-level")
+    mistake(capsys, written(tiny, out, *given), *says)
+    larger = tmp_path / "larger"
+    save(larger, dataclasses.replace(pretrained.load_config(tiny.llama), vocab_size=18))
+    write_tokenizer(larger, words=[*VOCAB, "i"])
+    given = (f"--teacher={tiny.llama}", f"--student={larger}")
+    says = ("id 16 is 'i' to the student and none to the teacher", "(SeqKD) works")
     mistake(capsys, written(tiny, out, *given), *says)
     given = (f"--teacher={taught}", "--student=teacher:layers=1")
     mistake(capsys, written(tiny, out, *given), "data.task='chat' needs a model of kind decoder")
@@ -373,6 +427,24 @@ def test_recipes_are_valid_and_round_trip():
         assert config.from_dict(DistillConfig, config.to_dict(full)) == full
         assert schemes.resolved(full) == full
         assert recipe.__doc__
+
+
+def test_the_writers_of_fdistill_depend_on_its_divergence():
+    def given(**more):
+        made = DistillConfig(
+            teacher="x", student="teacher:layers=1", scheme="fdistill",
+            data=DataConfig(task="chat"), **more,
+        )  # fmt: skip
+        full = schemes.resolved(made)
+        assert schemes.resolved(full) == full
+        return full.policy, full.share, full.mix_with
+
+    assert given() == ("mix_request", 0.5, "teacher")
+    assert given(divergence="jsd") == ("mix_request", 0.5, "teacher")
+    assert given(divergence="jsd", beta=0.9) == ("mix_request", 0.1, "teacher")
+    assert given(divergence="forward_kl") == ("teacher", None, None)
+    assert given(divergence="reverse_kl") == ("student", None, None)
+    assert given(divergence="reverse_kl", policy="mix_token") == ("mix_token", 0.5, None)
 
 
 def test_the_table_of_schemes_is_that_of_the_library():

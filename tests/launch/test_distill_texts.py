@@ -10,13 +10,16 @@ import pytest
 
 from steppe.launch import cli
 from steppe.launch.config import DataConfig
-from steppe.launch.distill import measure, schemes, settings, texts
+from steppe.launch.distill import measure, objectives, schemes, settings, texts
 from steppe.launch.distill.build import build, check_labels
 from steppe.launch.distill.settings import DistillConfig
 from steppe.launch.pieces import start
+from steppe.models import pretrained
+from steppe.models.heads import HeadConfig
 from steppe.train import distill
 from steppe.train.distill.pairs import Pair
 
+from .conftest import save, write_tokenizer
 from .test_distill import losses, results, weights, written
 
 
@@ -53,7 +56,10 @@ def test_a_decoder_shows_difficulty_agreement_and_texts(tiny, lm_run):
     assert given["agreement"]["kl"] == given["difficulty"]["all"]["kl"]
     assert set(found["samples"][0]) == {"source", "reference", "before", "after", "teacher"}
     page = (lm_run / "report.html").read_text()
-    for words in ("By difficulty of the token", "What it writes", "<th>teacher</th>"):
+    assert given["exposure"]["texts"] == 3
+    assert given["exposure"]["length"] >= 1
+    assert np.isfinite(given["exposure"]["ex_acc_err"])
+    for words in ("(ExAccErr)", "By difficulty of the token", "What it writes", "<th>teacher</th>"):
         assert words in page
     assert "ATKD, reverse_kl, on the student&#x27;s texts" in page
     assert not settings.read(lm_run).data.packed  # rows of several texts have no prompt
@@ -85,6 +91,22 @@ def test_the_parts_of_the_kl_are_those_of_the_logits(tiny):
     kl = np.asarray(distill.token_divergence("forward_kl", z_s, z_t))[:, :-1]
     there = batch["label_mask"][:, 1:] > 0
     assert whole.kl == pytest.approx(kl[there], abs=1e-5)
+    # Instead of what the student would write, the data's texts by one column off.
+    batch, kl, there = {k: v[:8] for k, v in batch.items()}, kl[:8], there[:8]
+    other = {**batch, "input_ids": np.roll(batch["input_ids"], 1, axis=1)}
+    bias = measure.exposure(pair, params, batch, lambda p, b, k: other)
+    z_s = made.student.apply(params["student"], other).logits
+    z_t = made.teacher.apply(params["teacher"], other).logits
+    worse = np.asarray(distill.token_divergence("forward_kl", z_s, z_t))[:, :-1]
+    assert there.sum(1).min() == there.sum(1).max() == bias["length"]
+    assert bias["texts"] == len(there)
+    assert bias["per_step"] == pytest.approx(kl[there].mean(), rel=1e-2)
+    assert bias["regret"] == pytest.approx(worse[there].mean() * bias["length"], rel=1e-2)
+    excess = 100 * (worse[there].mean() / kl[there].mean() - 1)
+    assert bias["ex_acc_err"] == pytest.approx(excess, abs=2)
+    same = {"student": params["teacher"], "teacher": params["teacher"]}
+    twins = Pair(made.teacher, distill.Teacher(made.teacher), True)
+    assert measure.exposure(twins, same, batch, lambda p, b, k: other) is None
     found = measure.difficulty(whole)
     half = (
         found["easy"]["tokens"] * found["easy"]["kl"]
@@ -102,6 +124,7 @@ STEPS = [
     {"scheme": "seqkd"},
     {"scheme": "imitkd"},
     {"scheme": "gkd"},
+    {"scheme": "fdistill", "divergence": "jsd"},
     {"scheme": "minillm"},
     {"scheme": "atkd", "microbatches": 2, "mesh": "data=4,model=2"},
     {"scheme": "kid"},
@@ -123,6 +146,38 @@ def test_every_scheme_takes_a_step(tiny, given):
     same = jax.tree.map(lambda a, b: bool((a == b).all()), old, new)
     assert jax.tree.all(same["teacher"])
     assert not jax.tree.all(same["student"])
+
+
+def test_a_vocabulary_that_is_padded_otherwise(tiny, tmp_path):
+    """Nobody writes what the other does not know; the loss is over what both have."""
+    config = dataclasses.replace(pretrained.load_config(tiny.llama), layers=1)
+    head = HeadConfig("lm", 1, drop=0.0)
+    folder = save(tmp_path / "s", dataclasses.replace(config, vocab_size=21, head=head), 1)
+    write_tokenizer(folder)
+    made = build(language(tiny, scheme="minillm", student=str(folder), max_new_tokens=8))
+    assert made.both.vocab == 16
+    _, batch = made.pieces.train._prepare(start(made.pieces), next(made.pieces.batches))
+    drawn = np.asarray(batch["label_mask"]) > 0
+    assert batch["input_ids"][drawn].max() < 16
+    assert np.isfinite(batch["minillm_advantage"]).all()
+
+
+def test_the_median_of_filled_texts_is_that_of_all_micro_batches(tiny):
+    """They are filled before the step, which then splits every part at the median of the whole."""
+    given = language(tiny, scheme="atkd", policy="imperfect", batch_size=16, microbatches=2)
+    made = build(given)
+    state, batch = start(made.pieces), next(made.pieces.batches)
+    _, filled = made.pieces.train._prepare(state, batch)
+    changed = filled["input_ids"] != batch["input_ids"]
+    assert changed.any()
+    assert not (changed & ~filled["imperfect_mask"]).any()
+    z = made.teacher.apply(jax.device_get(state.full()["teacher"]), filled).logits[:, :-1]
+    unc = distill.kd_decompose(z, z, filled["labels"][:, 1:]).unc
+    ordered = np.sort(np.asarray(unc)[filled["label_mask"][:, 1:] > 0])
+    wanted = ordered[(len(ordered) - 1) // 2]
+    assert float(filled["atkd_threshold"]) == pytest.approx(wanted, rel=1e-6)
+    assert objectives.filled_before(given)  # and not again inside
+    assert not objectives.filled_before(dataclasses.replace(given, microbatches=1))
 
 
 def test_replay_keeps_old_texts_and_its_threshold(tiny):
@@ -189,3 +244,33 @@ def test_prompts_of_plain_texts_and_of_rows_that_are_none():
     assert made["label_mask"][1].tolist() == [0, 1, 0, 0, 0, 0, 0, 0]
     # A padding row stands for the first text, and is left out of the loss by ``real``.
     assert (made["input_ids"][2] == made["input_ids"][0]).all()
+
+
+def test_a_store_takes_the_place_of_the_teacher(tiny, tmp_path):
+    """The loss is that of the teacher's top k, but for the store's rounding; it is written once."""
+    folder = str(tmp_path / "store")
+    made = build(language(tiny, scheme="kd", top_k=4, store=folder))
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "store").iterdir()}
+    state, batch = start(made.pieces), next(made.pieces.batches)
+    params = jax.device_get(state.full())
+    _, metrics = made.pieces.train(state, batch)
+    z_s, z_t = (
+        model.apply(params[name], batch).logits[:, :-1]
+        for name, model in (("student", made.student), ("teacher", made.teacher))
+    )
+    labels, mask = batch["labels"][:, 1:], batch["label_mask"][:, 1:]
+    kd = distill.topk_divergence("forward_kl", z_s, z_t, k=4)
+    log_q = np.asarray(jax.nn.log_softmax(z_s))
+    ce = -np.take_along_axis(log_q, labels[..., None], -1)[..., 0]
+    wanted = float(0.5 * ((kd + ce) * mask).sum() / mask.sum())
+    assert float(metrics["loss"][0]) / float(metrics["loss"][1]) == pytest.approx(wanted, rel=1e-3)
+    build(language(tiny, scheme="kd", top_k=4, store=folder, steps=3))
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "store").iterdir()} == files
+    with pytest.raises(ValueError, match=r"top_k=3 is not that of store=.*, 4: give top_k 4, or"):
+        build(language(tiny, scheme="kd", top_k=3, store=folder))
+    with pytest.raises(ValueError, match="was made with another teacher"):
+        build(language(tiny, scheme="kd", top_k=4, store=folder, teacher_dtype="bfloat16"))
+    with pytest.raises(ValueError, match="store=.* belongs to scheme kd with policy gt"):
+        language(tiny, scheme="kd", store=folder)
+    build(language(tiny, scheme="kd", top_k=4, store=str(tmp_path / "none"), dry_run=True))
+    assert not (tmp_path / "none").exists()

@@ -153,6 +153,7 @@ def test_ceilings_learn_from_the_training_split(world, tmp_path, capsys):
     words = ["quantize", str(folder), "--out", str(tmp_path / "b"), "--method", "qat"]
     assert cli.main(words) == 2
     assert "learns from the training split, and no data is named" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
 
 
 def test_page_table_and_evaluation(done, world, capsys):
@@ -194,6 +195,7 @@ def test_without_data_it_rounds_and_scores_nothing(world, tmp_path):
     ("options", "said"),
     [
         (["--bits", "w9a8"], "9"),
+        (["--bits", "w8a8", "W8A8"], "bits must not hold a scheme twice, w8a8 and W8A8 are one"),
         (["--bits", "eight"], "scheme must look like w8a8"),
         (["--method", "round"], "method"),
         (["--bits", "w4a8-g5"], "group must divide"),
@@ -219,3 +221,23 @@ def test_no_model_and_no_data(world, tmp_path, capsys):
     words = ["quantize", str(folder), "--method", "gptq", "--out", str(tmp_path / "o")]
     assert cli.main([*words, "--speed", "0"]) == 2
     assert "names no data to calibrate with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["data", "zsaq", "random"])
+def test_a_regression_has_no_distributions(method, tmp_path, capsys):
+    """It is refused before anything is written."""
+    model = network(HeadConfig("regression", 1)).build()
+    params = jax.jit(model.init)(jax.random.key(0))
+    data = tmp_path / "data.jsonl"
+    rows = [{"id": f"r{n}", "text": "plot was good", "label": float(n % 3)} for n in range(40)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run, out = tmp_path / "run", tmp_path / "out"
+    export(run / "model", model, params)
+    settings = DataConfig(source=f"file:{data}", task="regression", max_length=8, buckets=())
+    made = FinetuneConfig(model=str(run / "model"), data=settings)
+    (run / "config.json").write_text(json.dumps(config_.to_dict(made)))
+    assert cli.main(["quantize", str(run), "--method", method, "--out", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert f"method {method!r} compares distributions" in said
+    assert "--divergence" in said
+    assert not out.exists()

@@ -79,6 +79,30 @@ def test_groups_are_channels_of_their_own():
     np.testing.assert_array_equal(fq.dequantize(*grid), made)
 
 
+@pytest.mark.parametrize("group", [None, 4])
+def test_steps_of_least_error_are_the_best_of_the_grid(group):
+    w = np.asarray(W, np.float64)
+    split = w.reshape(3, -1, group or 8, 5)
+    best, kept = np.full((3, split.shape[1], 5), np.inf), np.zeros((3, split.shape[1], 5))
+    for factor in np.linspace(1, 0.5, 20):
+        s = np.abs(split).max(-2, keepdims=True) * factor  # of 2 bits: one integer on either side
+        error = np.square(np.clip(np.round(split / s), -1, 1) * s - split).sum(-2)
+        kept = np.where(error < best, s[..., 0, :], kept)
+        best = np.minimum(error, best)
+    found = fq.steps(W, 2, group=group, fit="mse")
+    np.testing.assert_allclose(found, kept, rtol=1e-5)
+    grid = fq.quantize(W, 2, group=group, fit="mse")
+    axes = (0, -1)
+    made = fq.fake_quant(W, 2, axes, group=group, scale=found)
+    np.testing.assert_array_equal(made, fq.dequantize(*grid))
+    noise = jnp.square(made - W).sum()
+    assert noise < 0.9 * jnp.square(fq.fake_quant(W, 2, axes, group=group) - W).sum()
+    slope = jax.grad(lambda x: fq.fake_quant(x, 2, axes, group=group, scale=found).sum())(W)
+    np.testing.assert_array_equal(slope, jnp.ones_like(W))
+    with pytest.raises(ValueError, match="fit must be 'absmax' or 'mse', got 'best'"):
+        fq.steps(W, 2, fit="best")
+
+
 def test_tokens_have_ranges_of_their_own():
     x = jax.random.normal(jax.random.key(2), (2, 3, 16)) * jnp.array([1.0, 50, 0.01])[:, None]
     made = fq.fake_quant(x, 8, (0, 1), symmetric=False)

@@ -159,6 +159,18 @@ def test_bad_folders(tiny, tmp_path):
     (folder / packed.FILE).write_text(json.dumps({**record, "format": 2}))
     with pytest.raises(ValueError, match="has format 2, this version reads 1: update steppe"):
         packed.load(folder)
+    first = next(iter(record["kernels"]))
+    for bits, says in ((3, r"integers of 3 bits take \d+ bytes"), ("four", "got 'four'")):
+        kernels = {**record["kernels"], first: {**record["kernels"][first], "bits": bits}}
+        (folder / packed.FILE).write_text(json.dumps({**record, "kernels": kernels}))
+        with pytest.raises(ValueError, match=rf"q/quantized\.json .* kernel '{first}': .*{says}"):
+            packed.load(folder)
+    (folder / packed.FILE).write_text(json.dumps(record))
+    held = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(held[:20])
+    with pytest.raises(ValueError, match=r"q/config\.json is damaged .*: save it again"):
+        packed.load(folder)
+    (folder / "config.json").write_text(held)
     record["rules"][0][1]["w_bits"] = 11
     (folder / packed.FILE).write_text(json.dumps(record))
     with pytest.raises(ValueError, match=r"does not describe a quantised model: w_bits must be"):

@@ -83,6 +83,11 @@ def test_head_and_embeddings_only_by_their_flags(tiny, batch):
         "head/out/kernel",
     }  # fmt: skip
     assert logits(quantized.wrap(MODEL, every), params, batch).shape == (4, 3)
+    # The groups of kernels are none of words, positions and types.
+    grouped = quantized.rules(quantized.parse("w4a8-g8"), quantize_embed=True)
+    chosen = quantized.resolve(MODEL, grouped)
+    assert {c.group for p, c in chosen.items() if p.startswith("embed/")} == {None}
+    assert {chosen[path].group for path in KERNELS} == {8}
 
 
 def test_more_bits_are_closer(tiny, batch):
@@ -96,13 +101,13 @@ def test_more_bits_are_closer(tiny, batch):
     assert gaps[0] < 0.05
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "w4a8-g8", "w3a32", "w32a8"])
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8-g8", "w3a32", "w32a8", "mse"])
 def test_rounded_and_integer_parameters_are_the_fake_quantised_model(tiny, batch, scheme):
     """Looped layers: the scan carries integers and steps."""
     _, params = tiny
     model = dataclasses.replace(TINY, unroll=1).build()
-    if scheme == "w3a32":
-        config = QuantConfig(3, 32)
+    if scheme in ("w3a32", "mse"):
+        config = QuantConfig(3, 32) if scheme == "w3a32" else QuantConfig(2, 8, fit="mse")
     else:
         config = QuantConfig(32, 8) if scheme == "w32a8" else quantized.parse(scheme)
     fake = logits(quantized.wrap(model, config), params, batch)
@@ -264,6 +269,8 @@ def test_schemes():
         QuantConfig(a_mode="row")
     with pytest.raises(ValueError, match="group must be a whole number >= 1, or None, got 0"):
         QuantConfig(group=0)
+    with pytest.raises(ValueError, match="fit must be 'absmax' or 'mse', got 'l2'"):
+        QuantConfig(fit="l2")
 
 
 def test_bad_input(tiny):

@@ -323,6 +323,8 @@ def vision():
     [
         (lambda m, p: shrink.choose_layers(4, 5), r"count must lie in 1\.\.4"),
         (lambda m, p: shrink.choose_layers(4, 2, "some"), "how must be"),
+        (lambda m, p: shrink.student(m, p, layers=True), "layers must be a number of layers, or"),
+        (lambda m, p: shrink.student(m, p, width=True), r"width must lie in 1\.\..*, got True"),
         (lambda m, p: shrink.keep_layers(m, p, []), r"layers must ascend within 0\.\.3"),
         (lambda m, p: shrink.keep_layers(m, p, [2, 1]), "layers must ascend"),
         (lambda m, p: shrink.keep_layers(m, p, [0, 4]), "layers must ascend"),

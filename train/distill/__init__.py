@@ -3,7 +3,7 @@
 divergences, topk             what two next-token distributions differ by
 chunked, rowwise              the same without all logits: some columns, or some tokens, at a time
 pairs, vocabularies           a student and its frozen teacher as one set of parameters
-kd, atkd, kid, dwt, ctcd, minillm, features    objectives
+kd, fdistill, atkd, kid, dwt, ctcd, minillm, features    objectives
 policies, replay              whose texts are learnt from
 """
 
@@ -33,6 +33,7 @@ from steppe.train.distill.dwt import (
     soft_kl,
     with_alpha,
 )
+from steppe.train.distill.fdistill import fdistill, written
 from steppe.train.distill.kd import decoupled_kd, kd
 from steppe.train.distill.kid import imperfect, kid, rewrite, sample_mask
 from steppe.train.distill.minillm import minillm, minillm_scored
@@ -40,7 +41,7 @@ from steppe.train.distill.pairs import Teacher, check_batch, with_teacher
 from steppe.train.distill.readout import Readout, readout_of
 from steppe.train.distill.rowwise import rowwise_loss
 from steppe.train.distill.topk import TopK, stored_divergence, top_k, topk_divergence
-from steppe.train.distill.vocabularies import check_tokenizers
+from steppe.train.distill.vocabularies import check_tokenizers, first_unknown
 
 __all__ = [
     "KINDS",
@@ -63,7 +64,9 @@ __all__ = [
     "dwt_loss",
     "export_large",
     "export_small",
+    "fdistill",
     "features",
+    "first_unknown",
     "imperfect",
     "kd",
     "kd_decompose",
@@ -88,4 +91,5 @@ __all__ = [
     "with_alpha",
     "with_teacher",
     "with_threshold",
+    "written",
 ]

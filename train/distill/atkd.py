@@ -31,7 +31,13 @@ from jaxtyping import Array, Float, Int
 
 from steppe.models.model import Model
 from steppe.train.distill import chunked
-from steppe.train.distill.divergences import check_logits, fraction, kl, masked_token_sum
+from steppe.train.distill.divergences import (
+    check_logits,
+    fraction,
+    kl,
+    masked_token_sum,
+    shown,
+)
 from steppe.train.distill.pairs import (
     TEACHER,
     Pair,
@@ -71,7 +77,8 @@ def kd_decompose(
     """TKD, DKD and UNC at every position; no gradient reaches the teacher.
 
     Args:
-      labels: y; a negative one is read as 0, for the caller to mask.
+      labels: y; a negative one is read as 0, for the caller to mask. Where y is no token of the
+        vocabulary everything is NaN.
       reverse: of KL(q || p) instead, whose exact sum is TKD + (1 - q_y) DKD.
 
     Raises:
@@ -82,7 +89,7 @@ def kd_decompose(
         raise ValueError(
             f"labels must have shape {student_logits.shape[:-1]}, got {tuple(labels.shape)}"
         )
-    y = jnp.maximum(labels, 0)[..., None]
+    known, y = _read(labels, student_logits.shape[-1])
 
     def parts(z: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         z = z.astype(jnp.float32)
@@ -92,10 +99,16 @@ def kd_decompose(
     own, other = parts(student_logits), parts(jax.lax.stop_gradient(teacher_logits))
     log_q, log_p = own[2] - own[1][..., None], other[2] - other[1][..., None]
     w, v = (log_q, log_p) if reverse else (log_p, log_q)
-    return _terms(own[:2], other[:2], kl(jnp.exp(w), w, v), reverse)
+    return _terms(own[:2], other[:2], kl(jnp.exp(w), w, v), reverse, known)
 
 
-def _terms(own: Any, other: Any, dkd: jax.Array, reverse: bool) -> KDTerms:
+def _read(labels: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """(whether a label is not beyond the vocabulary, a token in it to read instead [..., 1])."""
+    known = labels < size
+    return known, jnp.where(known, jnp.maximum(labels, 0), 0)[..., None]
+
+
+def _terms(own: Any, other: Any, dkd: jax.Array, reverse: bool, known: jax.Array) -> KDTerms:
     """From (logit of the label, log normaliser of the others) of student and teacher."""
 
     def two(pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -107,7 +120,8 @@ def _terms(own: Any, other: Any, dkd: jax.Array, reverse: bool) -> KDTerms:
     log_q, log_p = jnp.stack([q_y, q_rest], -1), jnp.stack([p_y, p_rest], -1)
     w, v = (log_q, log_p) if reverse else (log_p, log_q)
     tkd = kl(jnp.exp(w), w, v)
-    return KDTerms(tkd, dkd, jax.lax.stop_gradient(unc))
+    # A label beyond the vocabulary must not be read as another token: NaN stops the loop.
+    return KDTerms(*(jnp.where(known, x, jnp.nan) for x in (tkd, dkd, jax.lax.stop_gradient(unc))))
 
 
 def decompose_pair(
@@ -124,7 +138,7 @@ def decompose_pair(
         z_s, z_t, labels, mask = pair.dense(params, batch, key)
         return kd_decompose(z_s, z_t, labels, reverse=reverse), mask
     h_s, readout_s, h_t, readout_t, labels, mask = pair.hidden(params, batch, key)
-    y = jnp.maximum(labels, 0)[..., None]
+    known, y = _read(labels, readout_s.size)
     found = chunked.terms(
         "reverse_kl" if reverse else "forward_kl",
         h_s,
@@ -137,20 +151,25 @@ def decompose_pair(
     )
     own = readout_s.of(h_s, y)[..., 0], found.log_z_s
     other = jax.lax.stop_gradient((readout_t.of(h_t, y)[..., 0], found.log_z_t))
-    return _terms(own, other, found.divergence, reverse), mask
+    return _terms(own, other, found.divergence, reverse, known), mask
 
 
 # The split -----------------------------------------------------------------------------------
 
 
 def threshold(unc: jax.Array, valid: jax.Array, hard_ratio: float = 0.5) -> jax.Array:
-    """The uncertainty from which a token is hard: a quantile over the valid tokens, scalar."""
+    """The uncertainty from which a token is hard: a quantile over the valid tokens, scalar.
+
+    NaN, from which on no token is hard, if the uncertainty of a valid token is.
+    """
     flat, counts = unc.reshape(-1), jnp.asarray(valid).reshape(-1) > 0
     ordered = jnp.sort(jnp.where(counts, flat, jnp.inf))
     n = counts.sum()
     # A whole number that float32 puts just below itself must not fall to the one before.
     place = jnp.floor((1.0 - hard_ratio) * (n - 1) + 1e-4).astype(jnp.int32)
-    return jax.lax.stop_gradient(ordered[jnp.clip(place, 0, flat.shape[0] - 1)])
+    found = ordered[jnp.clip(place, 0, flat.shape[0] - 1)]
+    broken = (jnp.isnan(flat) & counts).any()
+    return jax.lax.stop_gradient(jnp.where(broken, jnp.nan, found))
 
 
 def with_threshold(
@@ -176,18 +195,19 @@ def with_threshold(
     own = params.get(TEACHER, params)
     labels, mask = targets(batch, shift)
     out = teacher.model.apply(own, batch, train=False)
-    y = jnp.maximum(labels, 0)[..., None]
     if vocab_chunk is None:
         z = require_logits(out, TEACHER)[..., :vocab]
         unc = kd_decompose(z, z, labels).unc
     else:
         readout = readout_of(teacher.model, own).cut(vocab)
+        known, y = _read(labels, readout.size)
         h = aligned(out.hidden, labels)
         split = shards_of(readout.size, shards)
         rest = chunked.terms(
             None, h, readout, exclude=y, vocab_chunk=vocab_chunk, shards=split
         ).log_z_s
         unc = jnp.exp(rest - jnp.logaddexp(readout.of(h, y)[..., 0], rest))
+        unc = jnp.where(known, unc, jnp.nan)
     return {**batch, THRESHOLD: threshold(unc, mask, hard_ratio)}
 
 
@@ -217,8 +237,9 @@ def atkd_loss(
     """
     fraction(lam, "lam")
     fraction(hard_ratio, "hard_ratio")
-    found = kd_decompose(student_logits, teacher_logits, labels, reverse=reverse)
     valid = jnp.asarray(valid).astype(jnp.float32)
+    logits = (shown(valid, z) for z in (student_logits, teacher_logits))
+    found = kd_decompose(*logits, labels, reverse=reverse)
     unc, counts = found.unc, valid
     if axis_name is not None:
         unc, counts = (jax.lax.all_gather(x.reshape(-1), axis_name) for x in (unc, counts))

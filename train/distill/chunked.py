@@ -3,7 +3,8 @@
 With z_S = h_S W_S^T + b_S (student) and z_T likewise, for pieces C of the vocabulary:
 
   log Z = log sum_C sum_{v in C} exp z_v           online: largest value and rescaled sum
-  KL    = (1 / Z_T) sum_C sum_{v in C} exp(z_T)(z_T - z_S) - log Z_T + log Z_S      one pass
+  KL    = (1 / Z_T) sum_C sum_{v in C} exp(z_T)(z_T - z_S) - log Z_T + log Z_S      one pass,
+          each side's logits less its own largest so far, so that a constant cancels
   other = sum_C sum_{v in C} f(log p_v, log q_v)                                    a second pass
 
 Backward, every piece is computed again: with g_v = df / dlog q_v and G = sum_v g_v,
@@ -205,16 +206,21 @@ def _forward(plan: Plan, student: Side, teacher: Side | None, ids: jax.Array | N
         z_s, z_t = _logits(plan, student, teacher, ids, index)
         a = z_s / plan.temperature
         new = dict(carry)
-        new["s"], up_s, e_s = _grow(carry["s"], a)
+        new["s"], up_s, e_s, less_s = _grow(carry["s"], a)
         if raw:
             new["raw"] = _grow(carry["raw"], z_s)[0]
         if z_t is not None:
             b = z_t / plan.temperature
-            new["t"], up_t, e_t = _grow(carry["t"], b)
+            new["t"], up_t, e_t, less_t = _grow(carry["t"], b)
+            a, b = (z - _finite(new[side][0])[:, None] for side, z in (("s", a), ("t", b)))
+            # What older columns lack where a side's largest logit has grown since.
+            late = less_t - less_s
             if "forward" in carry:
-                new["forward"] = _times(up_t, carry["forward"]) + _times(e_t, b - a).sum(1)
+                old = _times(up_t, carry["forward"] + late * carry["t"][1])
+                new["forward"] = old + _times(e_t, b - a).sum(1)
             if "reverse" in carry:
-                new["reverse"] = _times(up_s, carry["reverse"]) + _times(e_s, a - b).sum(1)
+                old = _times(up_s, carry["reverse"] - late * carry["s"][1])
+                new["reverse"] = old + _times(e_s, a - b).sum(1)
         return new, None
 
     start: dict[str, Any] = {"s": (low, zero)} | ({"raw": (low, zero)} if raw else {})
@@ -228,7 +234,7 @@ def _forward(plan: Plan, student: Side, teacher: Side | None, ids: jax.Array | N
     norm_s = (_finite(carry["s"][0]), jnp.log(carry["s"][1]))
     norm_t = (_finite(carry["t"][0]), jnp.log(carry["t"][1])) if both else (zero, zero)
     norm = (_finite(carry["raw"][0]), jnp.log(carry["raw"][1])) if raw else norm_s
-    gap = norm_t[0] - norm_s[0] + (norm_t[1] - norm_s[1])
+    gap = norm_t[1] - norm_s[1]
     value, slopes = zero, zero
     if "forward" in carry:
         part = 1.0 if plan.kind == "forward_kl" else 1 - plan.beta
@@ -367,13 +373,16 @@ def _loop(plan: Plan, body: Callable[..., Any], carry: Any) -> Any:
     return jax.lax.scan(body, carry, jnp.arange(plan.count))[0]
 
 
-def _grow(carry: tuple[jax.Array, jax.Array], z: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
-    """((largest, sum), factor on older sums, exp(z - largest)) after more columns."""
+def _grow(
+    carry: tuple[jax.Array, jax.Array], z: jax.Array
+) -> tuple[Any, jax.Array, jax.Array, jax.Array]:
+    """((largest, sum), factor on older sums, exp(z - largest), the largest's fall <= 0)."""
     old, total = carry
     new = jnp.maximum(old, z.max(1))
     safe = _finite(new)
     up, e = jnp.exp(old - safe), jnp.exp(z - safe[:, None])
-    return (new, total * up + e.sum(1)), up, e
+    fall = jnp.where(old == -jnp.inf, 0.0, old - safe)
+    return (new, total * up + e.sum(1)), up, e, fall
 
 
 def _finite(x: jax.Array) -> jax.Array:

@@ -29,7 +29,12 @@ from jaxtyping import Array, Float, Int
 
 from steppe.models.model import Model
 from steppe.train.distill import divergences
-from steppe.train.distill.divergences import masked_token_sum, positive, token_divergence
+from steppe.train.distill.divergences import (
+    masked_token_sum,
+    positive,
+    shown,
+    token_divergence,
+)
 from steppe.train.distill.pairs import (
     TeacherLike,
     beside,
@@ -189,6 +194,7 @@ def _sums(
 ) -> tuple[dict[str, jax.Array], jax.Array]:
     """Sums over the counted positions of each part; live and still are (large, small)."""
     scale = tau**2 if scale_tau2 else 1.0
+    live, still, external = ([shown(mask, z) for z in zs] for zs in (live, still, external))
 
     def hard(z: jax.Array) -> jax.Array:
         return masked_token_sum(negative_log_likelihood(z.astype(jnp.float32), labels), mask)[0]

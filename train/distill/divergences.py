@@ -133,10 +133,21 @@ def log_softmax(z: jax.Array, temperature: float = 1.0) -> jax.Array:
 # Masked sums ---------------------------------------------------------------------------------
 
 
+def shown(valid: Any, values: Float[Array, "*n K"]) -> Float[Array, "*n K"]:
+    """Logits or hidden states with zeros wherever nothing counts.
+
+    What is masked after it was computed with leaves its gradient behind: 0 times NaN is NaN.
+    """
+    return jnp.where(jnp.asarray(valid)[..., None] > 0, values, 0)
+
+
 def masked_token_sum(
     values: Float[Array, "*n"], valid: Any
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """(sum of the values of valid tokens, their number); what is masked may even be NaN."""
+    """(sum of the values of valid tokens, their number); what is masked may even be NaN.
+
+    Its gradient may not: give the logits through :func:`shown` where that can happen.
+    """
     valid = jnp.asarray(valid).astype(jnp.float32)
     total = jnp.where(valid > 0, values * valid, 0.0).sum()
     return total, valid.sum()

@@ -33,6 +33,7 @@ from steppe.train.distill.divergences import (
     masked_token_mean,
     masked_token_sum,
     positive,
+    shown,
     token_divergence,
 )
 from steppe.train.distill.kd import Measure
@@ -55,7 +56,8 @@ def soft_kl(
     Raises:
       ValueError: tau <= 0, logits of different shapes.
     """
-    value = token_divergence("forward_kl", student_logits, teacher_logits, temperature=tau)
+    z_s, z_t = (shown(mask, z) for z in (student_logits, teacher_logits))
+    value = token_divergence("forward_kl", z_s, z_t, temperature=tau)
     return masked_token_mean(value, mask) * (tau**2 if scale_tau2 else 1.0)
 
 
@@ -70,7 +72,7 @@ def dwt_loss(
     scale_tau2: bool = False,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss of one batch as a number, with ``hard`` and ``soft`` before their coefficients."""
-    nll = negative_log_likelihood(student_logits.astype(jnp.float32), labels)
+    nll = negative_log_likelihood(shown(mask, student_logits).astype(jnp.float32), labels)
     hard = masked_token_mean(nll, mask)
     soft = soft_kl(student_logits, teacher_logits, mask, tau, scale_tau2)
     return alpha_h * hard + alpha_s * soft, jax.lax.stop_gradient({"hard": hard, "soft": soft})

@@ -5,14 +5,14 @@
 p the teacher's and q the student's next-token distribution on the same tokens, m the label mask.
 Whose tokens they are is the policy's matter (see ``policies``): with the texts of the data set
 this is supervised distillation (kind="forward_kl") or its reverse, with the student's own it is
-GKD (jsd, any beta) and DistiLLM (a skewed kind), with half of each ImitKD (forward_kl) and
-f-distill (tvd).
+GKD (jsd, any beta) and DistiLLM (a skewed kind), with half of each ImitKD (forward_kl). Where
+the divergence depends on the writer it is ``fdistill``.
 
   decoupled:  L = alpha TKD + beta DKD           (see ``atkd`` for the two parts)
 
 Hinton et al. 2015 (arXiv 1503.02531); Kim and Rush, EMNLP 2016 (1606.07947); Lin et al., EMNLP
-2020 (2009.07253); Wen et al., ACL 2023 (2307.15190); Agarwal et al., ICLR 2024 (2306.13649); Ko
-et al., ICML 2024 (2402.03898); Zhao et al., CVPR 2022 (2203.08679).
+2020 (2009.07253); Agarwal et al., ICLR 2024 (2306.13649); Ko et al., ICML 2024 (2402.03898);
+Zhao et al., CVPR 2022 (2203.08679).
 
 Deviations: sums over all valid tokens of the global batch, where several published codes
 average within a row or a micro-batch first. T^2 is applied where ``scale_tau2`` asks for it.
@@ -34,6 +34,7 @@ from steppe.train.distill.divergences import (
     check,
     fraction,
     masked_token_sum,
+    shown,
     token_divergence,
 )
 from steppe.train.distill.pairs import (
@@ -85,10 +86,8 @@ class Measure:
     def __post_init__(self) -> None:
         check(self.kind, self.temperature, self.beta, self.alpha)
         if self.top_k is not None:
-            most: Any = self.pair.vocab or getattr(
-                self.pair.student.config, "vocab_size", self.top_k
-            )
-            topk.check_k(self.top_k, most)
+            # Of a classifier the classes, and not the tokens that it reads.
+            topk.check_k(self.top_k, self.pair.classes or self.top_k, "top_k")
 
     @property
     def _how(self) -> dict[str, Any]:
@@ -136,9 +135,9 @@ class Measure:
         labels, mask = targets(batch, self.pair.shifted)
         out = self.pair.student.apply(own, batch, rng=key, train=key is not None)
         if self.vocab_chunk is None:
-            z = require_logits(out, STUDENT)[..., : self.pair.vocab]
+            z = shown(mask, require_logits(out, STUDENT)[..., : self.pair.vocab])
             return Measured(None, negative_log_likelihood(z, labels), mask)
-        h = aligned(out.hidden, labels)
+        h = shown(mask, aligned(out.hidden, labels))
         readout = readout_of(self.pair.student, own).cut(self.pair.vocab)
         log_z = chunked.terms(None, h, readout, **self._sizes(readout.size)).log_z
         return Measured(None, log_z - _label_logit(readout, h, labels), mask)
@@ -198,6 +197,8 @@ def kd(
     pair = Pair(student, teacher, shift, vocab)
     measure = Measure(pair, kind, temperature, beta, alpha, top_k, vocab_chunk, shards)
     scale = ratio * (temperature**2 if scale_tau2 else 1.0)
+    if token_chunk is not None and (isinstance(token_chunk, bool) or token_chunk < 1):
+        raise ValueError(f"token_chunk must be a whole number >= 1, or None, got {token_chunk!r}")
     if token_chunk is not None and (top_k is not None or vocab_chunk is not None):
         raise ValueError(
             "token_chunk takes whole vocabularies: give it without vocab_chunk and top_k"

@@ -50,7 +50,7 @@ def sample_mask(
     strategy: str = "random",
     entropy: Float[Array, "B T"] | None = None,
 ) -> Bool[Array, "B T"]:
-    """ceil(alpha n) of the n valid positions of every row; none for alpha = 0.
+    """ceil(alpha n) of the n valid positions of every row, at least one; none for alpha = 0.
 
     Args:
       key: of "random"; the others ignore it.
@@ -68,7 +68,7 @@ def sample_mask(
     valid = jnp.asarray(valid).astype(bool)
     n = valid.sum(1, keepdims=True)
     # A product that float32 puts just above a whole number must not become the next one.
-    count = jnp.ceil(alpha * n - 1e-4).astype(jnp.int32)
+    count = jnp.maximum(jnp.ceil(alpha * n - 1e-4).astype(jnp.int32), int(alpha > 0))
     if strategy == "uniform":
         place = jnp.cumsum(valid, axis=1) - 1
         # (place * count) mod n runs over 0..n-1 and falls below count exactly count times.

@@ -5,7 +5,8 @@
 
 ``write`` runs the teacher over batches; ``columns`` puts what it said of a batch's rows beside
 them; ``stored_kd`` is the objective. Epochs, shuffling and padding do not matter: rows are found
-by ``example_index``, and their tokens are compared with those that the teacher saw.
+by ``example_index``, and their tokens are compared with those that the teacher saw: labels one
+by one, all that it read by a hash (which stores of earlier versions lack).
 
 Hinton et al. 2015 (arXiv 1503.02531); the store takes the place of the teacher's forward pass.
 
@@ -29,7 +30,8 @@ from steppe.models.families.faithful import essence
 from steppe.models.model import Model
 from steppe.train import checkpoint
 from steppe.train.distill import topk
-from steppe.train.distill.divergences import check, masked_token_sum, unlike
+from steppe.train.distill.divergences import check, masked_token_sum, shown, unlike
+from steppe.train.distill.pairs import STUDENT
 from steppe.train.distill.store import Example, Identity, Store, StoreError, Writer
 from steppe.train.types import Batch, LossOut, Objective, Params
 
@@ -138,7 +140,8 @@ def write(
             found = [np.asarray(x) for x in best(teacher.params, inputs)]
             for at, row in new:
                 labels, places = _labelled(batch, at, shift)
-                writer.add(row, Example(labels, *(x[at, places] for x in found)))
+                said = (x[at, places] for x in found)
+                writer.add(row, Example(labels, *said, _read(batch, at, places)))
         if progress is not None:
             progress(len(writer), writer.tokens)
     if writer is None:
@@ -181,6 +184,12 @@ def columns(store: Store, batch: Batch) -> dict[str, np.ndarray]:
                 f"row {row} has {len(labels)} labelled tokens that are not the "
                 f"{len(example.labels)} of the store at {store.folder}: train on the data that "
                 "it was written for"
+            )
+        if example.read and example.read != _read(batch, at, places):
+            raise StoreError(
+                f"row {row} has the labelled tokens of the store at {store.folder}, but the "
+                "teacher read them behind another prompt, or cut elsewhere: train on the data "
+                "that it was written for, with the same max_length"
             )
         out["teacher_ids"][at, places] = example.ids
         out["teacher_log_p"][at, places] = example.log_p
@@ -228,10 +237,11 @@ def stored_kd(
                 f"the batch lacks {', '.join(missing)}: add offline.columns(store, batch) to it"
             )
         ids, log_p, log_rest, mask = (batch[c] for c in COLUMNS)
-        logits = student.apply(params, batch, rng=key, train=key is not None).logits
+        own = params.get(STUDENT, params)
+        logits = student.apply(own, batch, rng=key, train=key is not None).logits
         if logits is None:
             raise ValueError("the student has no head, so it returns no logits; load it with head=")
-        value = divergence(logits, topk.TopK(ids, log_p, log_rest))
+        value = divergence(shown(mask, logits), topk.TopK(ids, log_p, log_rest))
         total, weight = masked_token_sum(value, mask)
         aux = {"kd": (jax.lax.stop_gradient(total), weight)}
         return LossOut(total * (temperature**2 if scale_tau2 else 1.0), weight, aux)
@@ -241,8 +251,23 @@ def stored_kd(
 
 def _labelled(batch: Batch, at: int, shift: bool) -> tuple[np.ndarray, np.ndarray]:
     """Labels that count in a row, and the columns of the logits that answer for them."""
-    places = np.flatnonzero(np.asarray(batch["label_mask"])[at] > 0)
+    labels = np.asarray(batch["labels"])[at]
+    # As in ``pairs.targets``: a negative label counts as masked.
+    places = np.flatnonzero((np.asarray(batch["label_mask"])[at] > 0) & (labels >= 0))
     if shift:
         places = places[places > 0]  # nothing stands before the first token
-    labels = np.asarray(batch["labels"])[at, places].astype(np.int32)
-    return labels, places - int(shift)
+    return labels[places].astype(np.int32), places - int(shift)
+
+
+def _read(batch: Batch, at: int, places: np.ndarray) -> int:
+    """Hash of the tokens that a teacher reads of a row, prompt and padding told apart; not 0.
+
+    Without an attention mask those up to the last column that answers for a label.
+    """
+    ids = np.asarray(batch["input_ids"])[at]
+    if "attention_mask" in batch:
+        ids = ids[np.asarray(batch["attention_mask"])[at] != 0]
+    else:
+        ids = ids[: places[-1] + 1 if len(places) else 0]
+    found = hashlib.sha256(ids.astype("<i4").tobytes()).digest()
+    return int.from_bytes(found[:8], "little", signed=True) or 1

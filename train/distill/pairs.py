@@ -196,12 +196,17 @@ class Pair:
             raise ValueError(divergences.unlike(*known))
 
     @property
+    def classes(self) -> int | None:
+        """What the two distributions are over, where the student's configuration says it."""
+        return _size(self.student) if self.vocab is None else self.vocab
+
+    @property
     def shifted(self) -> bool:
         """``shift``, with what None stands for filled in."""
         return shifts(self.student) if self.shift is None else self.shift
 
     def dense(self, params: Params, batch: Batch, key: jax.Array | None) -> Dense:
-        """Logits of both, float32.
+        """Logits of both, float32; 0 where no label counts.
 
         Raises:
           ValueError: logits that fit neither each other nor the labels, rows longer than a
@@ -220,10 +225,11 @@ class Pair:
                 f"logits of shape {z_s.shape} do not fit labels of shape {labels.shape}; the head "
                 "and the task must be of the same kind"
             )
+        z_s, z_t = (divergences.shown(mask, z) for z in (z_s, z_t))
         return Dense(z_s, jax.lax.stop_gradient(z_t), labels, mask)
 
     def hidden(self, params: Params, batch: Batch, key: jax.Array | None) -> Hidden:
-        """Last hidden states of both, with the matrices that read them.
+        """Last hidden states of both, 0 where no label counts, with the matrices that read them.
 
         Raises:
           ValueError: as :meth:`dense`; a model whose output matrix is not known.
@@ -233,10 +239,11 @@ class Pair:
         labels, mask = targets(batch, self.shifted)
         h_s = self.student.apply(own, batch, rng=key, train=key is not None).hidden
         h_t = self.teacher.model.apply(other, batch, train=False).hidden
+        h_s, h_t = (divergences.shown(mask, aligned(h, labels)) for h in (h_s, h_t))
         return Hidden(
-            aligned(h_s, labels),
+            h_s,
             readout_of(self.student, own).cut(self.vocab),
-            jax.lax.stop_gradient(aligned(h_t, labels)),
+            jax.lax.stop_gradient(h_t),
             readout_of(self.teacher.model, other).cut(self.vocab),
             labels,
             mask,

@@ -25,6 +25,7 @@ average of both distributions, which is the same draw.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -35,13 +36,13 @@ import numpy as np
 from steppe.models.decoding import Settings, make, pad_prompts, streams
 from steppe.models.decoding.generate import Generated
 from steppe.models.decoding.streams import Streams
-from steppe.models.model import Model
+from steppe.models.model import Decode, Model
 from steppe.train.distill.divergences import fraction
 from steppe.train.distill.kd import Rewrite
 from steppe.train.distill.kid import imperfect
 from steppe.train.distill.pairs import STUDENT, TeacherLike, parameters
 
-__all__ = ["gt", "imperfect", "mix_request", "mix_token", "student", "teacher"]
+__all__ = ["cut", "gt", "imperfect", "mix_request", "mix_token", "student", "teacher"]
 
 SAMPLE = Settings(temperature=1.0)
 
@@ -51,12 +52,28 @@ def gt() -> Rewrite:
     return lambda params, batch, key: batch
 
 
+def cut(model: Model, vocab: int | None) -> Model:
+    """``model``, which writes its first ``vocab`` tokens only; what is behind them is padding."""
+    if vocab is None or model.decode is None:
+        return model
+
+    def first(fn: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> tuple[jax.Array, Any]:
+            logits, state = fn(*args, **options)
+            return logits[..., :vocab], state
+
+        return call
+
+    return dataclasses.replace(model, decode=Decode(*(first(fn) for fn in model.decode)))
+
+
 def student(
     model: Model,
     *,
     eos_id: int | Sequence[int] | None,
     pad_id: int = 0,
     settings: Settings | None = None,
+    vocab: int | None = None,
 ) -> Rewrite:
     """The student's own continuations of the prompts of a batch, drawn now.
 
@@ -66,12 +83,14 @@ def student(
       pad_id: fills the rows.
       settings: default: samples at temperature 1. ``max_new_tokens`` is cut to the room that
         the longest prompt of the batch leaves.
+      vocab: common size of vocabularies that are padded differently; no token beyond it is
+        written, which the other model would not know.
 
     Raises:
       ValueError: the model does not generate; from a call, rows without prompt or without room,
         packed rows.
     """
-    run = make(model)
+    run = make(cut(model, vocab))
 
     def policy(params: Any, batch: Mapping[str, Any], key: Any) -> dict[str, Any]:
         own = params.get(STUDENT, params)
@@ -91,9 +110,10 @@ def teacher(
     eos_id: int | Sequence[int] | None,
     pad_id: int = 0,
     settings: Settings | None = None,
+    vocab: int | None = None,
 ) -> Rewrite:
     """The teacher's continuations; arguments and errors as in :func:`student`."""
-    run = make(whose.model)
+    run = make(cut(whose.model, vocab))
 
     def policy(params: Any, batch: Mapping[str, Any], key: Any) -> dict[str, Any]:
         other = parameters(params, whose)[1]
@@ -115,6 +135,7 @@ def mix_token(
     eos_id: int | Sequence[int] | None,
     pad_id: int = 0,
     settings: Settings | None = None,
+    vocab: int | None = None,
 ) -> Rewrite:
     """Continuations whose every token is the teacher's with probability ``share``.
 
@@ -126,12 +147,14 @@ def mix_token(
     """
     fraction(share, "share")
     cache: dict[Any, Any] = {}
+    writers = cut(model, vocab), cut(whose.model, vocab)
 
     def policy(params: Any, batch: Mapping[str, Any], key: Any) -> dict[str, Any]:
         own, other = parameters(params, whose)
 
         def generated(prompts: Any, how: Settings) -> Generated:
-            parts = {"student": (model, own, prompts), "teacher": (whose.model, other, prompts)}
+            sides = zip(("student", "teacher"), writers, (own, other), strict=True)
+            parts = {name: (writer, its, prompts) for name, writer, its in sides}
             joint: Streams = streams(parts, _mixture, np.float32(share))
             # One generator for all calls, or every batch would compile anew.
             if joint.model.decode not in cache:

@@ -14,6 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from steppe.models import fake_quant as fq
+from steppe.models import quantized, tree
 from steppe.models.decoder import DecoderConfig
 from steppe.models.model import Model
 from steppe.train.types import Params
@@ -173,8 +175,9 @@ def _exact(left: jax.Array, right: jax.Array) -> dict[str, Any]:
 def readout_of(model: Model, params: Params) -> Readout:
     """The output layer of a language model, as its hidden states meet it.
 
-    Works for decoders with an ``lm`` head, also under an overlay. Under an overlay that changes
-    the logits themselves (site "logits") the result would not be the model's.
+    Works for decoders with an ``lm`` head, also under an overlay, and quantised ones: a rounded
+    head is rounded here too, straight through for the gradient. Under an overlay that changes the
+    logits themselves (site "logits") the result would not be the model's.
 
     Raises:
       ValueError: the model is of another kind; the message says what to do.
@@ -188,6 +191,15 @@ def readout_of(model: Model, params: Params) -> Readout:
             "use vocab_chunk=None, or chunked_divergence with a Readout of your own"
         )
     base = params["base"] if "base" in params and "overlay" in params else params
-    if config.tied:
-        return Readout(base["embed"]["word"]["table"], None, False, config.softcap)
-    return Readout(base["head"]["out"]["kernel"], None, True, config.softcap)
+    path = "embed/word/table" if config.tied else "head/out/kernel"
+    return Readout(_multiplied(model, base, path), None, not config.tied, config.softcap)
+
+
+def _multiplied(model: Model, params: Params, path: str) -> Any:
+    """The matrix at ``path`` as the model's own forward pass multiplies with it."""
+    own, extra = quantized.unquant(params)
+    if isinstance(model, quantized.Quantized) and model.stored == "float":
+        chosen = {p: c for p, c in model.chosen.items() if p == path}
+        own = quantized.rounded_kernels(own, chosen, extra)
+    held = tree.get(own, path)
+    return fq.dequantize(held["q"], held["scale"]) if quantized.is_grid(held) else held

@@ -100,6 +100,7 @@ def rowwise_loss(
     n = int(weight.size)
     blocks = -(-n // min(rows, n)) if n else 1
     plan = Plan(kind, float(temperature), beta, alpha, mix, blocks)
+    h_s, h_t = (divergences.shown(weight, h) for h in (h_s, h_t))
     student = (_padded(h_s.reshape(n, -1), blocks), readout_s)
     teacher = jax.lax.stop_gradient((_padded(h_t.reshape(n, -1), blocks), readout_t))
     w = _padded(jax.lax.stop_gradient(weight).reshape(n).astype(jnp.float32), blocks)

@@ -42,6 +42,19 @@ FORMAT = 1
 DTYPES = ("float32", "float16", "int8")
 LEVELS = 254  # steps of int8 between the least and the most probable of the k
 NOTHING = -128  # code of minus infinity
+# What a manifest holds, and what of every shard.
+KEYS: dict[str, Any] = {
+    **dict.fromkeys(("teacher", "tokenizer", "dataset", "dtype"), str),
+    **dict.fromkeys(("k", "vocab_size", "examples", "tokens"), int),
+    **dict.fromkeys(("temperature", "max_error"), (int, float)),
+    **dict.fromkeys(("shift", "complete"), bool),
+    "shards": list,
+}
+SHARD_KEYS: dict[str, Any] = {
+    **dict.fromkeys(("bytes", "examples", "tokens"), int),
+    "sha256": str,
+    "max_error": (int, float),
+}
 
 
 class StoreError(ValueError):
@@ -70,12 +83,14 @@ class Example(NamedTuple):
       ids: the most probable ones, int32 [n, k].
       log_p: their log probabilities, float32 [n, k].
       log_rest: log probability of all others, float32 [n].
+      read: hash of the tokens that the teacher read, int64; 0 = not known.
     """
 
     labels: Int[np.ndarray, " n"]
     ids: Int[np.ndarray, "n k"]
     log_p: Float[np.ndarray, "n k"]
     log_rest: Float[np.ndarray, " n"]
+    read: int = 0
 
 
 def encode(log_p: Float[np.ndarray, "n k"], dtype: str) -> tuple[dict[str, np.ndarray], float]:
@@ -202,7 +217,7 @@ class Writer:
         k, n = self._manifest["k"], len(example.labels)
         if row in self:
             raise ValueError(f"row {row} is in the store already; skip those that are")
-        shapes = [np.shape(x) for x in example]
+        shapes = [np.shape(x) for x in example[:4]]
         if shapes != [(n,), (n, k), (n, k), (n,)]:
             raise ValueError(
                 f"an example of {n} labels must have ids and log_p [{n}, {k}] and log_rest "
@@ -223,11 +238,13 @@ class Writer:
         if not self._held:
             return
         rows, held = zip(*self._held, strict=True)
-        whole = Example(*(np.concatenate(parts) for parts in zip(*held, strict=True)))
+        *parts, read = zip(*held, strict=True)
+        whole = Example(*map(np.concatenate, parts))
         stored, error = encode(whole.log_p, self._manifest["dtype"])
         small = self._manifest["vocab_size"] <= 1 << 16
         tensors = {
             "rows": np.asarray(rows, np.int64),
+            "read": np.asarray(read, np.int64),
             "starts": np.cumsum([0, *(len(e.labels) for e in held)], dtype=np.int64),
             "labels": whole.labels.astype(np.int32),
             # safetensors' older readers lack uint16: the same bits as int16.
@@ -367,6 +384,7 @@ class Store:
         log_p = decode({name: shard.read(name, part) for name in names})
         log_rest = np.array(shard.read("log_rest", part), np.float32)
         total = np.logaddexp(np.logaddexp.reduce(log_p, axis=1, initial=-np.inf), log_rest)
+        read = int(shard.read("read", (slice(at, at + 1),))[0]) if "read" in shard.shapes() else 0
         ids = np.asarray(shard.read("ids", part))
         if ids.dtype == np.int16:
             ids = ids.view(np.uint16)
@@ -375,6 +393,7 @@ class Store:
             ids=ids.astype(np.int32),
             log_p=log_p - total[:, None],
             log_rest=log_rest - total,
+            read=read,
         )
 
     def _index(self) -> dict[int, tuple[int, int]]:
@@ -442,16 +461,29 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no store at {folder}: it holds no {MANIFEST}")
     try:
         found = json.loads(file.read_text("utf-8"))
-        version = found["format"]
-        names = [shard["file"] for shard in found["shards"]]
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise StoreError(f"{file} is damaged ({error!r}); write the store again") from None
-    if version != FORMAT:
-        raise StoreError(f"{file} has the format {version}, this version reads {FORMAT}")
-    for name in names:
-        if Path(name).name != name:
-            raise StoreError(f"{file} names a shard outside its folder: {name!r}")
+    _holds(file, "", found, {"format": int})
+    if found["format"] != FORMAT:
+        raise StoreError(f"{file} has the format {found['format']}, this version reads {FORMAT}")
+    _holds(file, "", found, KEYS)
+    for number, shard in enumerate(found["shards"]):
+        where = f"shards[{number}]."
+        _holds(file, where, shard, {"file": str})
+        if Path(shard["file"]).name != shard["file"]:
+            raise StoreError(f"{file} names a shard outside its folder: {shard['file']!r}")
+        _holds(file, where, shard, SHARD_KEYS)
     return dict(found)
+
+
+def _holds(file: Path, where: str, found: Any, keys: Mapping[str, Any]) -> None:
+    """Raises StoreError unless a part of the manifest has all keys, with values of their kind."""
+    for key, kind in keys.items():
+        value = found.get(key) if isinstance(found, dict) else None
+        if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+            continue
+        what = "lacks" if value is None else f"holds {value!r} for"
+        raise StoreError(f"{file} is damaged: it {what} {where + key!r}; write the store again")
 
 
 def _same(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -200,7 +200,10 @@ def _ids(teacher: TopK, shape: tuple[int, ...]) -> jax.Array:
     return ids
 
 
-def check_k(k: int, classes: int) -> None:
-    """Raises ValueError unless k is a number of tokens of the vocabulary."""
+def check_k(k: int, classes: int, name: str = "k") -> None:
+    """Raises ValueError unless k is a number of the classes, or tokens, that there are."""
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= classes:
-        raise ValueError(f"k must be a whole number in 1..{classes} (the vocabulary), got {k!r}")
+        raise ValueError(
+            f"{name} must be a whole number in 1..{classes} (what there is to choose from), got "
+            f"{k!r}"
+        )

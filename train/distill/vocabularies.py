@@ -43,6 +43,21 @@ def check_tokenizers(student: Any, teacher: Any) -> int:
     return common
 
 
+def first_unknown(student: Any, teacher: Any) -> tuple[int, str] | None:
+    """The lowest id, and its token, that the student's vocabulary names and the teacher's does
+    not; None where the teacher knows all that the student reads.
+
+    Args:
+      student, teacher: as in :func:`check_tokenizers`.
+
+    Raises:
+      TypeError: what was given has no vocabulary.
+    """
+    ours, theirs = _by_id(student, "student"), _by_id(teacher, "teacher")
+    number = min(ours.keys() - theirs.keys(), default=None)
+    return None if number is None else (number, ours[number])
+
+
 def _by_id(given: Any, name: str) -> dict[int, str]:
     table = given
     readers: tuple[Any, ...] = (getattr(given, "backend", None), given)

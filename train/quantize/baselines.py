@@ -37,10 +37,9 @@ from steppe.models import quantized, tree
 from steppe.models.model import Model
 from steppe.models.quantized import QuantConfig, QuantRules
 from steppe.models.tree import Params
-from steppe.train.quantize.calibrate import with_entries
+from steppe.train.quantize.calibrate import check_inputs, with_entries
 from steppe.train.types import Objective
 
-SHRINK = 20  # factors 1, ..., 0.5 of a clip search
 TINY = 1e-5
 
 
@@ -49,7 +48,7 @@ def rtn(params: Params, rules: QuantRules, *, clip: Literal["absmax", "mse"] = "
 
     Args:
       params: float parameters; ``smooth`` entries are multiplied in.
-      clip: see the module.
+      clip: see the module; "absmax" = as the rules have it (``QuantConfig.fit``).
 
     Raises:
       ValueError: an unknown clip; as ``quantized.quantize``.
@@ -60,8 +59,7 @@ def rtn(params: Params, rules: QuantRules, *, clip: Literal["absmax", "mse"] = "
         return quantized.quantize(params, rules)
 
     def one(w: jax.Array, path: str, config: QuantConfig) -> fq.Grid:
-        scale = best_scale(w, config.w_bits, group=config.group)
-        return fq.quantize(w, config.w_bits, group=config.group, scale=scale)
+        return fq.quantize(w, config.w_bits, group=config.group, fit="mse")
 
     return each_kernel(params, rules, one)
 
@@ -84,23 +82,6 @@ def each_kernel(
     return quantized.requant(tree.replace(own, made), extra)
 
 
-def best_scale(w: jax.Array, bits: int, *, group: int | None = None) -> jax.Array:
-    """Steps whose rounding has the least squared error among shrunken ones, [..., n, out]."""
-    split = fq.grouped(w, w.shape[-2] if group is None else group)
-    top = 2 ** (bits - 1) - 1
-    whole = fq.steps(w, bits, group=group)
-
-    def look(best: tuple[jax.Array, jax.Array], factor: jax.Array) -> tuple[Any, None]:
-        s = (whole * factor)[..., None, :]
-        error = jnp.square(jnp.clip(jnp.round(split / s), -top, top) * s - split).sum(-2)
-        better = error < best[0]
-        return (jnp.where(better, error, best[0]), jnp.where(better, whole * factor, best[1])), None
-
-    start = (jnp.full(whole.shape, jnp.inf), whole)
-    (_, scale), _ = jax.lax.scan(look, start, jnp.linspace(1.0, 0.5, SHRINK))
-    return scale
-
-
 def smooth(
     params: Params, magnitudes: Mapping[str, jax.Array], rules: QuantRules, alpha: float = 0.5
 ) -> Params:
@@ -111,7 +92,8 @@ def smooth(
       alpha: share of the difficulty that moves from the inputs to the kernel, in [0, 1].
 
     Raises:
-      ValueError: alpha, no layer that is to be smoothed, a layer without magnitudes.
+      ValueError: alpha, no layer that is to be smoothed, a layer without magnitudes, or with
+        some that are not finite.
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
@@ -121,6 +103,7 @@ def smooth(
         site = quantized.site_of(path)
         if site not in magnitudes:
             raise ValueError(f"magnitudes lack the site {site!r}: collect them with calibrate")
+        check_inputs(magnitudes[site], site)
         x = magnitudes[site].astype(jnp.float32)
         w = jnp.abs(tree.get(own, path).astype(jnp.float32)).max(-1)
         s = jnp.maximum(x, TINY) ** alpha / jnp.maximum(w, TINY) ** (1 - alpha)
@@ -140,7 +123,8 @@ def awq(params: Params, grams: Mapping[str, Any], rules: QuantRules, *, points: 
       points: n of the grid.
 
     Raises:
-      ValueError: points < 1, no layer to be scaled, a layer without Gram matrix.
+      ValueError: points < 1, no layer to be scaled, a layer without Gram matrix, or with one
+        that is not finite.
     """
     if points < 1:
         raise ValueError(f"points must be >= 1, got {points}")
@@ -150,8 +134,9 @@ def awq(params: Params, grams: Mapping[str, Any], rules: QuantRules, *, points: 
     for path, config in _to_smooth(own, rules).items():
         if path not in flat:
             raise ValueError(f"grams lack the kernel {path!r}: collect them with calibrate")
+        check_inputs(flat[path], quantized.site_of(path), layered=tree.is_stacked(path))
         w = tree.get(own, path).astype(jnp.float32)
-        s = _awq(w, flat[path].astype(jnp.float32), config.w_bits, config.group, points)
+        s = _awq(w, flat[path].astype(jnp.float32), config, points)
         made[quantized.site_of(path)] = {"smooth": s}
     return with_entries(params, made)
 
@@ -219,7 +204,8 @@ def _to_smooth(own: Params, rules: QuantRules) -> dict[str, QuantConfig]:
     return chosen
 
 
-def _awq(w: jax.Array, gram: jax.Array, bits: int, group: int | None, points: int) -> jax.Array:
+def _awq(w: jax.Array, gram: jax.Array, config: QuantConfig, points: int) -> jax.Array:
+    bits, group = config.w_bits, config.group
     if bits == fq.BYPASS:
         return jnp.ones(w.shape[:-1], jnp.float32)
     rms = jnp.sqrt(jnp.maximum(jnp.diagonal(gram, axis1=-2, axis2=-1), 0.0))
@@ -229,7 +215,9 @@ def _awq(w: jax.Array, gram: jax.Array, bits: int, group: int | None, points: in
     def look(best: tuple[jax.Array, jax.Array], a: jax.Array) -> tuple[Any, None]:
         s = safe**a
         s = s / jnp.sqrt(s.max(-1, keepdims=True) * s.min(-1, keepdims=True))
-        made = fq.fake_quant(w * s[..., None], bits, axes, group=group) / s[..., None]
+        moved = w * s[..., None]
+        scale = fq.steps(moved, bits, group=group, fit=config.fit)
+        made = fq.fake_quant(moved, bits, axes, group=group, scale=scale) / s[..., None]
         error = output_error(w, made, gram)
         better = error < best[0]
         return (

@@ -135,8 +135,15 @@ def grams(
     batches: Iterable[Mapping[str, Any]],
     sites: list[str] | None = None,
 ) -> Params:
-    """X^T X / n of the inputs of the layers, see ``train.merge.collect_grams``."""
-    return collect_grams(base_of(model), quantized.unquant(params)[0], batches, sites=sites)
+    """X^T X / n of the inputs of the layers, see ``train.merge.collect_grams``.
+
+    Raises:
+      ValueError: as there; NaN or infinity in an input (the site and the layer are named).
+    """
+    found = collect_grams(base_of(model), quantized.unquant(params)[0], batches, sites=sites)
+    for path, gram in tree.flatten(found).items():
+        check_inputs(gram, quantized.site_of(path), layered=tree.is_stacked(path))
+    return found
 
 
 def observe(
@@ -199,14 +206,14 @@ def base_of(model: Model) -> Model:
     return model.base if isinstance(model, Quantized) and model.base is not None else model
 
 
-def check_inputs(found: jax.Array, site: str) -> None:
-    """Raises ValueError for NaN or infinity in what was read at a site, [L, ...]."""
-    fine = jnp.isfinite(found).reshape(found.shape[0], -1).all(1)
+def check_inputs(found: jax.Array, site: str, *, layered: bool = True) -> None:
+    """Raises ValueError for NaN or infinity in what was read at a site, [L, ...] if layered."""
+    fine = jnp.isfinite(found).reshape(found.shape[0] if layered else 1, -1).all(1)
     if not bool(fine.all()):
-        layer = int(jnp.argmin(fine))
+        where = f" in layer {int(jnp.argmin(fine))}" if layered else ""
         raise ValueError(
-            f"the input of {site!r} holds NaN or infinity in layer {layer}: look at the "
-            "parameters and the batch, there is no range to quantize to"
+            f"the input of {site!r} holds NaN or infinity{where}: look at the parameters and the "
+            "batch, there is no range to quantize to"
         )
 
 

@@ -29,6 +29,7 @@ from steppe.models import quantized, tree
 from steppe.models.quantized import QuantConfig, QuantRules
 from steppe.models.tree import Params
 from steppe.train.quantize.baselines import each_kernel
+from steppe.train.quantize.calibrate import check_inputs
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -64,19 +65,24 @@ def gptq(
 
     def one(w: jax.Array, path: str, config: QuantConfig) -> fq.Grid:
         if path not in flat:
-            return fq.quantize(w, config.w_bits, group=config.group)
+            return fq.quantize(w, config.w_bits, group=config.group, fit=config.fit)
         gram = jnp.asarray(flat[path], jnp.float32)
         if tuple(gram.shape) != (*w.shape[:-1], w.shape[-2]):
             raise ValueError(
                 f"the Gram at {path!r} must be {(*w.shape[:-1], w.shape[-2])}, "
                 f"got {tuple(gram.shape)}"
             )
-        quantized.check_finite(gram, path)
+        check_inputs(gram, quantized.site_of(path), layered=tree.is_stacked(path))
         if config.smooth:
             s = extra[quantized.site_of(path)]["smooth"]
             gram = gram / (s[..., :, None] * s[..., None, :])
         solve = functools.partial(
-            solved, bits=config.w_bits, group=config.group, damping=damping, act_order=act_order
+            solved,
+            bits=config.w_bits,
+            group=config.group,
+            damping=damping,
+            act_order=act_order,
+            fit=config.fit,
         )
         if w.ndim == 2:
             return solve(w, gram)
@@ -85,7 +91,7 @@ def gptq(
     return each_kernel(params, rules, one)
 
 
-@functools.partial(jax.jit, static_argnames=("bits", "group", "act_order"))
+@functools.partial(jax.jit, static_argnames=("bits", "group", "act_order", "fit"))
 def solved(
     w: jax.Array,
     gram: jax.Array,
@@ -94,6 +100,7 @@ def solved(
     group: int | None = None,
     damping: float = 0.01,
     act_order: bool = False,
+    fit: fq.Fit = "absmax",
 ) -> fq.Grid:
     """The grid of one kernel [in, out] with the Gram matrix [in, in] of its inputs."""
     inputs = w.shape[0]
@@ -101,7 +108,7 @@ def solved(
     top = 2 ** (bits - 1) - 1
     diagonal = jnp.diagonal(gram)
     order = jnp.argsort(-diagonal) if act_order else jnp.arange(inputs)
-    fixed = fq.steps(w, bits, group=group)
+    fixed = fq.steps(w, bits, group=group, fit=fit)
     live = w.astype(jnp.float32)[order]
     upper = _upper(gram[order][:, order], damping)
     moving = group is not None and not act_order
@@ -113,7 +120,7 @@ def solved(
 
             def renewed(scale: jax.Array) -> jax.Array:
                 rows = jax.lax.dynamic_slice_in_dim(live, i, size)
-                return scale.at[at].set(fq.steps(rows, bits)[0])
+                return scale.at[at].set(fq.steps(rows, bits, fit=fit)[0])
 
             scale = jax.lax.cond(i % size == 0, renewed, lambda scale: scale, scale)
         s = scale[at]
@@ -124,7 +131,7 @@ def solved(
 
     _, q, scale = jax.lax.fori_loop(0, inputs, row, (live, jnp.zeros_like(live), fixed))
     q = jnp.zeros_like(q).at[order].set(q)
-    plain = fq.quantize(w, bits, group=group)
+    plain = fq.quantize(w, bits, group=group, fit=fit)
     fine = jnp.isfinite(upper).all() & jnp.isfinite(q).all() & jnp.isfinite(scale).all()
     return fq.Grid(
         jnp.where(fine, q, plain.q).astype(jnp.int8), jnp.where(fine, scale, plain.scale)

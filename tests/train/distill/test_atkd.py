@@ -247,3 +247,37 @@ def test_bad_numbers(how, message):
 def test_labels_that_do_not_fit():
     with pytest.raises(ValueError, match=r"labels must have shape \(5,\), got \(4,\)"):
         loss(STUDENT, labels=LABELS[:4])
+
+
+@pytest.mark.parametrize("chunk", [None, 7])
+def test_a_label_beyond_the_vocabulary_is_no_other_token(chunk):
+    student, params, teacher = models()
+    batch = small.batch()
+    labels = batch["labels"].copy()
+    labels[1, 4] = small.VOCAB + 3
+    bad = {**batch, "labels": labels}
+    atkd, dkd = (
+        f(student, teacher, vocab_chunk=chunk) for f in (distill.atkd, distill.decoupled_kd)
+    )
+
+    @jax.jit
+    def run(batch):
+        marked = distill.with_threshold(teacher, teacher.params, batch, vocab_chunk=chunk)
+        found = jax.value_and_grad(lambda p: sum(atkd(p, batch, None).total.values()))(params)
+        return found, atkd(params, batch, None), dkd(params, batch, None).total, marked
+
+    (loss, _), parts, other, marked = run(bad)
+    assert all(map(np.isnan, (loss, other, marked["atkd_threshold"])))
+    assert np.isfinite(parts.total["hard"])  # nobody knows whether that token is hard
+    hidden = {**bad, "label_mask": batch["label_mask"] * (labels < small.VOCAB)}
+    (loss, grad), _, other, marked = run(hidden)
+    assert all(map(np.isfinite, (loss, other, marked["atkd_threshold"])))
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grad))
+
+
+def test_logits_that_are_masked_may_be_nan():
+    z_s, z_t = (jnp.concatenate([z, z[:1] * jnp.nan]) for z in (STUDENT, TEACHER))
+    run = jax.jit(jax.value_and_grad(loss))
+    value, grad = run(z_s, z_t, jnp.append(LABELS, 1), jnp.append(VALID, 0))
+    assert float(value) == pytest.approx(0.1924912, abs=1e-5)
+    assert np.isfinite(grad).all()

@@ -309,3 +309,20 @@ def test_sides_that_do_not_fit():
     stored = topk.top_k(logits(h_t, read_t)[:1], 3)
     with pytest.raises(ValueError, match="stored top-k is of positions"):
         topk.stored_divergence("tvd", logits(h, readout(w, b)), stored)
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "symmetric_kl"])
+@pytest.mark.parametrize("offset", [1e3, 1e4])
+def test_a_constant_on_all_logits_of_one_side_cancels(kind, offset):
+    """Against float64, of the float32 logits."""
+    z_s, z_t = (normal(5, V, scale=2.0) for _ in range(2))
+    z_t = z_t + offset
+    eye = distill.Readout(jnp.eye(V))
+    found = distill.chunked_divergence(kind, z_s, eye, z_t, eye, vocab_chunk=5, beta=0.3)
+    log_q, log_p = (np.asarray(z, np.float64) for z in (z_s, z_t))
+    log_q, log_p = (z - z.max(1, keepdims=True) for z in (log_q, log_p))
+    log_q, log_p = (z - np.log(np.exp(z).sum(1, keepdims=True)) for z in (log_q, log_p))
+    forward = (np.exp(log_p) * (log_p - log_q)).sum(1)
+    reverse = (np.exp(log_q) * (log_q - log_p)).sum(1)
+    share = {"forward_kl": 0.0, "reverse_kl": 1.0, "symmetric_kl": 0.3}[kind]
+    np.testing.assert_allclose(found, (1 - share) * forward + share * reverse, atol=1e-5)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from steppe.models import integer, quantized
 from steppe.models.overlays import lora
 from steppe.train import distill, objectives
 
@@ -165,7 +166,52 @@ def test_a_student_under_an_overlay():
         np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
 
+@pytest.mark.parametrize("how", [{"vocab_chunk": 7}, {"token_chunk": 5}], ids=str)
+def test_pieces_read_a_rounded_head_as_the_model_does(how):
+    """Also in integers, and the one that is the table of words."""
+    tied = "vocab_chunk" in how
+    student, _, teacher = models(tied=tied)
+    params, batch = small.start(student, scale=40.0), small.batch()
+    two = quantized.QuantConfig(2, 32)
+    rules = quantized.rules(two, quantize_head=not tied, quantize_embed=tied)
+    rounding, whole = quantized.wrap(student, rules), integer.wrap(student, rules)
+    plain, wanted, found = (
+        small.value(distill.kd(model, teacher, **options), params, batch)
+        for model, options in ((student, {}), (rounding, {}), (rounding, how))
+    )
+    assert abs(wanted[0] - plain[0]) > 1e-2
+    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-5)
+    # Words that are rounded to zeros have large gradients behind the norm.
+    size = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(wanted[1]))
+    assert small.largest(found[1], wanted[1]) < 1e-6 * max(size, 10.0)
+    grids = quantized.quantize(params, rules)
+    out = jax.jit(lambda own: distill.kd(whole, teacher, **how)(own, batch, None))(grids)
+    np.testing.assert_allclose(out.total / out.weight, wanted[0], rtol=1e-4)
+
+
+def test_logits_that_are_masked_may_be_nan_on_either_side():
+    both = [small.table(), small.table()]
+    params, other = (m.init(jax.random.key(i)) for i, m in enumerate(both))
+    batch = small.batch()
+    counts = jnp.roll(batch["label_mask"], -1, 1).at[:, -1].set(0)[..., None] > 0
+
+    def found(params, other):
+        objective = distill.kd(both[0], distill.Teacher(both[1], other), ratio=0.5, shift=True)
+        return small.value(objective, params, batch)
+
+    bad, worse = ({"logits": jnp.where(counts, p["logits"], jnp.nan)} for p in (params, other))
+    wanted, given = found(params, other), found(bad, worse)
+    np.testing.assert_allclose(given[0], wanted[0], rtol=1e-6)
+    assert small.largest(given[1], wanted[1]) < 1e-6
+
+
 # Bad input -----------------------------------------------------------------------------------
+
+
+def test_top_k_of_a_classifier_counts_its_classes():
+    student = small.encoder(head="classification")
+    with pytest.raises(ValueError, match=r"top_k must be a whole number in 1\.\.3 .*, got 5"):
+        distill.kd(student, distill.Teacher(student, small.start(student)), top_k=5)
 
 
 @pytest.mark.parametrize(
@@ -175,6 +221,8 @@ def test_a_student_under_an_overlay():
         ({"ratio": 2}, r"ratio must be a number in \[0, 1\], got 2"),
         ({"temperature": 0.0}, "temperature must be a finite number > 0, got 0.0"),
         ({"top_k": 0}, "k must be a whole number in 1..24"),
+        ({"top_k": 25}, "top_k must be a whole number in 1..24"),
+        ({"token_chunk": 0}, "token_chunk must be a whole number >= 1, or None, got 0"),
         ({"vocab": 25}, "vocab=25 is more than the smaller vocabulary, 24"),
         ({"vocab": 1}, "vocab must be a whole number >= 2, or None, got 1"),
     ],

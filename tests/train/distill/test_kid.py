@@ -207,3 +207,10 @@ def test_bad_numbers(how, message):
 def test_entropy_must_be_given():
     with pytest.raises(ValueError, match="strategy='hard' needs entropy"):
         distill.sample_mask(KEY, jnp.ones((1, 3)), strategy="hard")
+
+
+@pytest.mark.parametrize("strategy", ["random", "uniform"])
+def test_the_least_share_still_masks_one_token_of_a_row(strategy):
+    valid = np.array([[0, 1, 1, 1], [0, 1, 0, 0], [0, 0, 0, 0]], bool)
+    mask = distill.sample_mask(jax.random.key(0), valid, 1e-5, strategy)
+    np.testing.assert_array_equal(mask.sum(1), [1, 1, 0])

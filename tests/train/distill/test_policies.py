@@ -299,3 +299,26 @@ def test_adaptive_steps():
     assert {"data", "generate", "replay"} == set(choices)
     assert choices.index("generate") < choices.index("replay")
     assert 15 < choices.count("data") < 45
+
+
+@pytest.mark.parametrize("who", ["student", "teacher", "mix_token"])
+def test_nobody_writes_the_padding_of_a_vocabulary(who):
+    """Where the two are padded differently, no token is written that one of them lacks."""
+    wide, narrow = small.decoder(vocab=small.VOCAB + 8), small.decoder(vocab=small.VOCAB + 2)
+    params, other = small.start(wide, 3), small.start(narrow, 4)
+    for own in (params, other):  # both would rather write padding
+        kernel = own["head"]["out"]["kernel"]
+        own["head"]["out"]["kernel"] = kernel.at[:, small.VOCAB :].multiply(50.0)
+    taught = distill.Teacher(narrow, other)
+    how = {"eos_id": small.EOS, "vocab": small.VOCAB}
+    policy = {
+        "student": lambda: policies.student(wide, **how),
+        "teacher": lambda: policies.teacher(taught, **how),
+        "mix_token": lambda: policies.mix_token(wide, taught, **how),
+    }[who]()
+    batch = small.batch()
+    new = policy(params, batch, KEY)
+    check_form(new, batch)
+    assert new["input_ids"].max() < small.VOCAB
+    objective = distill.kd(wide, taught, vocab=small.VOCAB)
+    assert np.isfinite(objective(params, new, None).total)

@@ -110,22 +110,22 @@ def test_the_sums_and_a_factor_from_outside():
 
 
 def test_what_is_masked_may_be_anything():
-    bad = jnp.where(WEIGHT[:, None] > 0, H_S, jnp.nan)
+    bad, worse = (jnp.where(WEIGHT[:, None] > 0, h, jnp.nan) for h in (H_S, H_T))
     labels = jnp.where(WEIGHT > 0, LABELS, V + 5)
 
-    def loss(h, labels):
-        read = readout(W_S, B_S)
+    def loss(h, w, h_t, labels):
+        read = readout(w, B_S)
         return distill.rowwise_loss(
-            "forward_kl", h, read, H_T, READ_T, WEIGHT, labels, mix=(0.5, 0.5), rows=4
+            "forward_kl", h, read, h_t, READ_T, WEIGHT, labels, mix=(0.5, 0.5), rows=4
         ).loss
 
-    run = jax.jit(jax.value_and_grad(loss))
-    (value, grad), (wanted, right) = run(bad, labels), run(H_S, LABELS)
+    run = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    (value, grads), (wanted, right) = run(bad, W_S, worse, labels), run(H_S, W_S, H_T, LABELS)
     np.testing.assert_allclose(value, wanted, rtol=1e-6)
-    shown = np.asarray(WEIGHT) > 0
-    np.testing.assert_allclose(grad[shown], right[shown], atol=1e-6)
+    np.testing.assert_allclose(grads[0], right[0], atol=1e-6)
+    np.testing.assert_allclose(grads[1], right[1], atol=1e-6)
     beyond = jnp.where(WEIGHT > 0, V, LABELS)  # a label that counts and is not there
-    assert np.isnan(run(H_S, beyond)[0])
+    assert np.isnan(run(H_S, W_S, H_T, beyond)[0])
 
 
 def test_bfloat16_products_and_float32_sums():

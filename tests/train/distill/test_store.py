@@ -14,6 +14,7 @@ from scipy.special import log_softmax, logsumexp
 from steppe.models.model import Model, ModelOut
 from steppe.models.pretrained import Loaded
 from steppe.train.distill import offline, store, topk
+from steppe.train.distill.pairs import targets
 from steppe.train.distill.store import Example, Identity, Store, StoreError, Writer
 
 V, K = 40, 6
@@ -305,6 +306,52 @@ def test_other_data_are_refused(teacher, tmp_path):
         offline.columns(held, batch)
 
 
+def test_other_prompts_before_the_same_labels_are_refused(teacher, tmp_path):
+    """Under an attention mask, whatever the padding is; and in stores that know no prompts."""
+
+    def seen(batch, width, pad):
+        more = {}
+        for name in ("input_ids", "label_mask"):
+            fill = pad if name == "input_ids" else 0
+            more[name] = np.full((3, width), fill, batch[name].dtype)
+            more[name][:, :8] = batch[name]
+        there = np.zeros((3, width), np.int32)
+        there[:, :8] = (np.cumsum(batch["label_mask"][:, ::-1], 1)[:, ::-1] > 0) | (
+            np.arange(8) == 0
+        )
+        more["input_ids"] = np.where(there > 0, more["input_ids"], pad)
+        return {**batch, **more, "labels": more["input_ids"], "attention_mask": there}
+
+    first = next(batches())
+    held = Store(
+        offline.write(tmp_path / "s", teacher, [seen(first, 8, 0)], tokenizer="", dataset="", k=2)
+    )
+    offline.columns(held, seen(first, 11, 7))
+    other = seen(first, 11, 7)
+    other["input_ids"] = other["input_ids"].copy()
+    other["input_ids"][1, 0] = (other["input_ids"][1, 0] + 1) % V
+    with pytest.raises(StoreError, match=r"row 1 .* behind another prompt, or cut elsewhere"):
+        offline.columns(held, other)
+    with Writer(tmp_path / "old", WHO, k=2, vocab_size=V, shift=True) as writer:
+        for row in range(3):
+            writer.add(row, held.example(row)._replace(read=0))
+    offline.columns(Store(tmp_path / "old"), other)  # nobody knows
+
+
+def test_negative_labels_count_as_masked(teacher, tmp_path):
+    batch = next(batches())
+    labels = batch["labels"].copy()
+    labels[2, 2] = -100
+    batch["labels"] = labels
+    held = Store(offline.write(tmp_path / "s", teacher, [batch], tokenizer="", dataset="", k=2))
+    _, mask = targets(batch, True)
+    np.testing.assert_array_equal(offline.columns(held, batch)["teacher_mask"], mask)
+    # At the place of an ignored label any other may stand.
+    other = {**batch, "label_mask": batch["label_mask"].copy()}
+    other["label_mask"][2, 2] = 0
+    np.testing.assert_array_equal(offline.columns(held, other)["teacher_mask"], mask)
+
+
 def test_hashes_of_vocabularies():
     import tokenizers
 
@@ -351,6 +398,20 @@ def test_bad_examples_and_manifests(tmp_path):
         ("{", "is damaged"),
         (json.dumps({**good, "format": 9}), "has the format 9, this version reads 1"),
         (json.dumps({**good, "shards": [{"file": "../x"}]}), "outside its folder"),
+        (json.dumps({**good, "k": "six"}), "manifest.json is damaged: it holds 'six' for 'k'"),
+        (json.dumps([1]), "manifest.json is damaged: it lacks 'format'; write the store again"),
+        *(
+            (json.dumps({n: v for n, v in good.items() if n != key}), f"it lacks '{key}'; write")
+            for key in store.KEYS
+        ),
+        *(
+            (
+                json.dumps({**good, "shards": [{n: v for n, v in shard.items() if n != key}]}),
+                rf"manifest\.json is damaged: it lacks 'shards\[0\]\.{key}'; write the store again",
+            )
+            for shard in good["shards"]
+            for key in ("file", *store.SHARD_KEYS)
+        ),
     ):
         file.write_text(text)
         with pytest.raises(StoreError, match=message):

@@ -29,3 +29,10 @@ def test_the_first_difference_is_named_with_the_cure():
         distill.check_tokenizers(TOKENS, {"x": 7, "y": 8})
     with pytest.raises(TypeError, match="teacher must be a tokenizer .*, got int"):
         distill.check_tokenizers(TOKENS, 3)
+
+
+def test_what_only_the_student_knows():
+    teacher = {"a": 0, "b": 1, "d": 3}
+    assert distill.first_unknown(teacher, teacher) is None
+    assert distill.first_unknown({"a": 0}, teacher) is None
+    assert distill.first_unknown({**teacher, "z": 9, "c": 2}, teacher) == (2, "c")

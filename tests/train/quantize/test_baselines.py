@@ -1,5 +1,6 @@
 """Baselines: against loops and brute force, and the inequalities that they promise."""
 
+import dataclasses
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,11 +64,12 @@ def test_gptq_against_brute_force(bits):
 
 
 @pytest.mark.parametrize("options", [{}, {"act_order": True}, {"group": 8},
-                                     {"group": 8, "act_order": True}])  # fmt: skip
+                                     {"group": 8, "act_order": True}, {"fit": "mse"}])  # fmt: skip
 def test_gptq_lowers_the_output_error(options):
     w, x = correlated()
     gram = jnp.asarray(x.T @ x / len(x))
-    plain = fq.quantize(jnp.asarray(w), 3, group=options.get("group"))
+    shape = {name: value for name, value in options.items() if name != "act_order"}
+    plain = fq.quantize(jnp.asarray(w), 3, **shape)
     better = solved(jnp.asarray(w), gram, bits=3, **options)
     errors = [
         float(baselines.output_error(w, fq.dequantize(*grid), gram)) for grid in (plain, better)
@@ -104,6 +106,8 @@ def test_rounding_to_nearest_and_its_clipping():
     plain, clipped = quantize.rtn(PARAMS, W3A8), quantize.rtn(PARAMS, W3A8, clip="mse")
     expected = quantized.quantize(PARAMS, W3A8)
     assert small.largest(plain, expected) == 0
+    ruled = quantize.rtn(PARAMS, dataclasses.replace(W3A8, fit="mse"))
+    assert small.largest(clipped, ruled) == 0
     before, after = (quantize.errors(PARAMS, grids) for grids in (plain, clipped))
     assert set(before) == {
         f"layers.{n}/{p}/kernel" for n in (0, 1)
@@ -289,3 +293,21 @@ def test_smoothing_reaches_kernels_that_stay_in_float():
         integer.wrap(MODEL, rules).apply(held, DATA[0]),
     ):
         np.testing.assert_allclose(made.logits, live, atol=1e-5)
+
+
+def test_inputs_that_are_no_numbers_are_named_by_layer(grams):
+    path = "layers/ffn/out/kernel"
+    bad = tree.replace(grams, {path: tree.get(grams, path).at[1, 0, 0].set(jnp.nan)})
+    both = quantized.parse("w3a8", smooth=True)
+    says = r"the input of 'ffn\.out' holds NaN or infinity in layer 1: look at the parameters and"
+    with pytest.raises(ValueError, match=says):
+        baselines.awq(PARAMS, bad, both)
+    with pytest.raises(ValueError, match=says):
+        quantize.gptq(PARAMS, bad, W3A8)
+    seen = {quantized.site_of(p): jnp.ones(w.shape[:-1]) for p, w in tree.flatten(grams).items()}
+    with pytest.raises(ValueError, match=says):
+        baselines.smooth(PARAMS, {**seen, "ffn.out": seen["ffn.out"].at[1, 0].set(jnp.inf)}, both)
+    word = PARAMS["embed"]["word"]["table"].at[DATA[0]["input_ids"][0, 0]].set(jnp.nan)
+    nan = tree.replace(PARAMS, {"embed/word/table": word})
+    with pytest.raises(ValueError, match=r"the input of '.*' holds NaN or infinity in layer 0"):
+        calibrate.grams(MODEL, nan, DATA)
