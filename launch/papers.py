@@ -204,6 +204,12 @@ PAPERS = (
         "steppe distill smollm2-cut --scheme atkd --weight 1",
     ),
     Paper(
+        "fdistill",
+        "f-distill: each half of a divergence on its writer's texts (Wen et al., ACL 2023)",
+        "steppe.train.distill.fdistill.fdistill",
+        "steppe distill smollm2-cut --scheme fdistill --divergence jsd",
+    ),
+    Paper(
         "kid",
         "KID: imperfect data (Zhong et al., Findings of EMNLP 2024)",
         "steppe.train.distill.kid.kid",
