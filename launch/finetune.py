@@ -1,7 +1,8 @@
 """``steppe finetune``: pretrained model + data -> run folder with report and exported model.
 
 RUN/config.json        resolved settings
-RUN/metrics.jsonl      one row a log or evaluation, written as it happens
+RUN/metrics.jsonl      one row a log or evaluation, written as it happens; of other processes,
+                       of starts and of a profile see ``watch``
 RUN/checkpoints/       state, optimiser and position in the data
 RUN/model/             the best-known export: a Hugging Face directory
 RUN/before.json        language models: scores and texts of the model before its training
@@ -19,11 +20,11 @@ from typing import Any
 import jax
 
 from steppe.launch import config as config_
-from steppe.launch import kinds, optimiser, outputs, scoring
+from steppe.launch import kinds, optimiser, outputs, scoring, watch
 from steppe.launch.config import FinetuneConfig
 from steppe.launch.finish import More, finish
 from steppe.launch.pieces import Pieces, build, start
-from steppe.launch.pods import rank
+from steppe.launch.pods import rank, stop
 from steppe.models import tree
 from steppe.train import checkpoint, loop, metrics
 from steppe.train.types import TrainState
@@ -44,6 +45,8 @@ FREE = (
     "mesh",
     "microbatches",
     "watchdog",
+    "spike_rollbacks",
+    "profile",
 )
 
 
@@ -92,10 +95,12 @@ def carry_out(
       What is in results.json.
     """
     console = rank.console()
+    since = time.time() - timings.get("setup_s", 0.0)
     config, folder = pieces.config, pieces.config.run
     rank.agree("data", {"batches": pieces.batches.get_state(), "devices": jax.local_device_count()})
     state = start(pieces, donate=True)
-    writers: list[Any] = [metrics.JsonLines(folder / "metrics.jsonl")] if rank.lead() else []
+    batches = watch.guarded(pieces.batches, config)
+    writers: list[Any] = [watch.log(folder)]
     if config.tensorboard and rank.lead():
         writers.append(metrics.TensorBoard(folder / "tensorboard"))
     manifest = {"config": dict(fixed), "base": checkpoint.fingerprint(state.frozen)}
@@ -114,7 +119,7 @@ def carry_out(
             for writer in writers:
                 writer.truncate(-1)  # the scores of step 0 are written again
         else:
-            state = loop.resume(state, pieces.batches, checkpoints, writers)
+            state = loop.resume(state, batches, checkpoints, writers)
             console.print(f"resumed at step {int(state.step)} of {pieces.steps}", style="dim")
             done = _finished(folder) if int(state.step) >= pieces.steps else None
             if done is not None:  # its timings and scores stay as they were
@@ -129,13 +134,15 @@ def carry_out(
         if config.probe:
             state = _probe(pieces, state, writers, console)
         else:
-            state = _train(pieces, state, checkpoints, writers, console)
+            with watch.watching(config, folder, int(state.step), since) as watchers:
+                state = _train(pieces, state, batches, checkpoints, writers, watchers, console)
         timings["train_s"] = time.perf_counter() - begin
         results = finish(pieces, state, folder, list(command), timings, earlier, more)
     except loop.Interrupted:
         raise
-    except KeyboardInterrupt:
-        raise loop.Interrupted(
+    except KeyboardInterrupt as stopped:
+        kind = loop.Preempted if isinstance(stopped, stop.Stopped) else loop.Interrupted
+        raise kind(
             f"interrupted; what {folder} holds is complete as far as it goes. "
             "Give the same command with --resume to go on"
         ) from None
@@ -204,8 +211,10 @@ def _shown(metrics: Mapping[str, float]) -> dict[str, float]:
 def _train(
     pieces: Pieces,
     state: TrainState,
+    batches: Any,
     checkpoints: Any,
     writers: list[Any],
+    watchers: list[Any],
     console: Any,
 ) -> TrainState:
     from steppe.launch.progress import Progress
@@ -222,7 +231,7 @@ def _train(
         return loop.run(
             pieces.train,
             state,
-            pieces.batches,
+            batches,
             steps=pieces.steps,
             checkpoints=checkpoints,
             save_every=config.save_every or pieces.epoch,
@@ -232,6 +241,9 @@ def _train(
             writers=[*writers, progress],
             schedule=pieces.schedule,
             watchdog=60.0 * config.watchdog,
+            flops=watch.flops(pieces),
+            peak_flops=watch.peak_flops(),
+            watchers=watchers,
         )
 
 

@@ -14,7 +14,9 @@ import numpy as np
 from steppe.launch import machine, optimiser, outputs, overlays, scoring
 from steppe.launch.pieces import Pieces
 from steppe.launch.pods import rank
+from steppe.launch.report import running
 from steppe.models import pretrained, tree
+from steppe.models.overlays.overlay import OVERLAY
 from steppe.train import evaluate, mesh
 from steppe.train.types import Params, TrainState
 
@@ -85,6 +87,8 @@ def finish(
         "timings": timings,
         "shapes": sorted(pieces.batches.shapes),
     }
+    if rank.lead():
+        found["running"] = running.facts(folder)
     if earlier:
         found["before"] = earlier["metrics"]
     if test.generated is not None:
@@ -154,7 +158,9 @@ def on_host(params: Params, plan: mesh.MeshPlan) -> Params:
 def _export_overlay(
     pieces: Pieces, params: Params, target: Path, labels: Sequence[str] | None
 ) -> None:
-    live, _ = tree.split(params, pieces.model.trainable)
+    # What of the delta never trains belongs to it too: nobody can attach it again without.
+    kept = (rf"{OVERLAY}/.*",) if params.get(OVERLAY) else ()
+    live, _ = tree.split(params, (*pieces.model.trainable, *kept))
     live = on_host(live, pieces.plan)
     if not rank.lead():
         return

@@ -230,6 +230,34 @@ def save(
         pretrained.copy_tokenizer(tokenizer_dir, target)
 
 
+def check_forward(model: Any, plan: Any) -> None:
+    """Runs a bound model on the shapes of its longest batch: nothing may fail once a run began.
+
+    Args:
+      model: bound, with the parameters that it was given.
+      plan: of the batches, see ``data.batches.Plan``.
+
+    Raises:
+      ValueError: whatever the overlays find wrong with a batch, such as a column that it lacks or
+        a text that leaves no positions for a prompt.
+    """
+    batch = plan.batch(0, slice(0, 2))
+    longest = plan.buckets[-1]
+    tokens = np.shape(batch["input_ids"])[1] if isinstance(longest, int) else 0
+    made = {}
+    for name, column in batch.items():
+        shape = list(np.shape(column))
+        if tokens and shape[1:2] == [tokens]:
+            shape[1] = longest
+        made[name] = jax.ShapeDtypeStruct(shape, np.asarray(column).dtype)
+
+    def forward(params: Params, batch: Any) -> Any:
+        return model.apply(params, batch)
+
+    delta = jax.eval_shape(model.init, jax.random.key(0))
+    jax.eval_shape(forward, tree.merge(delta, model.given or {}), made)
+
+
 def base_hash(params: Params) -> str:
     """Hash of the parameters that come from the base: a new head is not of it."""
     return fingerprint({n: v for n, v in params.items() if n not in ("head", "pooler")})

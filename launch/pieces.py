@@ -44,6 +44,7 @@ class Pieces:
       beside: these others, by name.
       extra: what the state holds beside all parameters, see ``TrainState``.
       heard: is told the metrics of every validation.
+      teacher: a network that runs forward beside, or None.
       base_hash: of the base's parameters, where an overlay is bound.
     """
 
@@ -65,6 +66,7 @@ class Pieces:
     beside: Params = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
     heard: Callable[[Mapping[str, float]], None] | None = None
+    teacher: Any = None
     base_hash: str = ""
 
     def own(self, params: Params) -> Params:
@@ -137,6 +139,8 @@ def build(
         buckets=setup.buckets(config.data, training=True),
         rows=rows_here(plan, config.batch_size),
     )
+    if overlay is not None:
+        overlays.check_forward(model, batches.plan)
     epoch = batches.steps_per_epoch
     steps = config.steps or max(1, math.ceil(config.epochs * epoch))
     o = config.optim

@@ -23,7 +23,14 @@ _NOT_METRICS = (
     "step_time",
     "tokens_per_s",
     "input_wait",
+    "device_wait",
+    "flops_per_s",
+    "mfu",
+    "memory",
+    "memory_peak",
     "compile_time",
+    "eval_time",
+    "save_time",
 )
 _PREFERRED = ("accuracy", "f1", "entity_f1", "pearson", "perplexity", "exact")
 
@@ -104,12 +111,19 @@ class Progress:
         self.close()
 
     def write(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
-        """Shows the numbers of one step; kind is ``"train"``, ``"eval"`` or ``"slow"``."""
+        """Shows the numbers of one step; kind is ``"train"``, ``"eval"``, ``"slow"`` or
+        ``"rollback"``."""
         if self.console is None:
             return
         if kind == "slow":
             took, usual = values["step_time"], values["median"]
             self.say(f"step {step:,} took {took:.2f} s, the median is {usual:.3f} s")
+            return
+        if kind == "rollback":
+            self.say(
+                f"step {values['bad_step']:,} went wrong: back to step {values['anchor']:,}, "
+                f"{values['skipped']:,} batches are skipped (rollback {values['rollback']})"
+            )
             return
         if kind != "train":
             self.say(f"step {step:,} {_split(values)}: {_numbers(values)}")
@@ -157,9 +171,11 @@ class Progress:
 
     def _status(self, values: Mapping[str, Any]) -> str:
         parts = [_numbers(values)]
-        speed = values.get("tokens_per_s")
+        speed, share = values.get("tokens_per_s"), values.get("mfu")
         if _finite(speed):
             parts.append(f"{speed:,.0f} tokens/s")
+        if _finite(share):
+            parts.append(f"MFU {share:.1%}")
         left = self._per_step * (self.total_steps - self._step)
         if math.isfinite(left) and self._step < self.total_steps:
             parts.append(f"{_duration(left)} left")

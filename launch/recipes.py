@@ -14,7 +14,7 @@ from steppe.launch.merge.study_settings import StudyConfig
 
 
 def vader_movies() -> FinetuneConfig:
-    """MiniLM-L6 on VADER movie reviews, positive or negative: the demo (2 cores, minutes)."""
+    """MiniLM-L6 on VADER movie reviews, positive or negative (2 cores, minutes)."""
     return FinetuneConfig(
         out="runs/vader-movies",
         data=DataConfig(source="asset:vader/movies", max_length=64, buckets=(16, 32, 64)),
@@ -77,7 +77,7 @@ def twitter_ner() -> FinetuneConfig:
 
 
 def vader_lora() -> FinetuneConfig:
-    """The demo's task with LoRA of rank 8 on all dense layers, the base frozen."""
+    """The task of ``vader_movies`` with LoRA of rank 8 on all dense layers, the base frozen."""
     return FinetuneConfig(
         out="runs/vader-lora",
         data=DataConfig(source="asset:vader/movies", max_length=64, buckets=(16, 32, 64)),

@@ -66,6 +66,9 @@ class Checkpoints:
       defaults: values of those of them that the directory's manifest does not know, because
         the program that wrote it did not.
 
+    Attributes:
+      hold: a step whose checkpoint is kept however many are newer, or None.
+
     Raises:
       CheckpointError: the directory's manifest differs from ``manifest``; names the first
         difference.
@@ -86,6 +89,7 @@ class Checkpoints:
         self._manifest = {"format": FORMAT, **json.loads(json.dumps(dict(manifest or {})))}
         self._check_manifest(json.loads(json.dumps(dict(defaults or {}))))
         self._keep = keep
+        self.hold: int | None = None
         self._pending: tuple[int, Any] | None = None
         self._base: tuple[Any, str] = ({}, "")
 
@@ -161,7 +165,8 @@ class Checkpoints:
             response.result()
         if jax.process_index() == 0:
             for old in self.steps[: -self._keep]:
-                _remove(self.directory / str(old))
+                if old != self.hold:
+                    _remove(self.directory / str(old))
 
     def restore(
         self, like: TrainState, step: int | None = None
@@ -231,6 +236,13 @@ class Checkpoints:
             if content is not None and content != _hash_of(found):
                 raise ValueError("its arrays are not those that were written")
         return _unstored(like, found), data
+
+    def drop_after(self, step: int) -> None:
+        """Deletes the checkpoints of later steps: the run goes on from this one otherwise."""
+        self.wait()
+        if jax.process_index() == 0:
+            for later in (s for s in self.steps if s > step):
+                _remove(self.directory / str(later))
 
     def close(self) -> None:
         """Waits for the write in the background."""

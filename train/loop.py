@@ -8,31 +8,34 @@ compiling, evaluating, saving) is measured apart from the step time.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from steppe.train import metrics as metrics_
-from steppe.train import steptime
+from steppe.train import spikes as spikes_
 from steppe.train import watchdog as watchdog_
+from steppe.train import window as window_
+from steppe.train.anchor import Anchor
 from steppe.train.checkpoint import Checkpoints
 from steppe.train.step import TrainStep
-from steppe.train.types import Metrics, TrainState
+from steppe.train.types import TrainState
+from steppe.train.window import Pending, Window
 
 
 class Batches(Protocol):
     """An endless source of batches that can say where it is (see ``steppe.data.batches``)."""
 
     def __next__(self) -> Mapping[str, Any]: ...
-    def get_state(self) -> dict[str, int]: ...
-    def set_state(self, state: Mapping[str, int]) -> None: ...
+    def get_state(self) -> Mapping[str, Any]: ...
+    def set_state(self, state: Any) -> None: ...
 
 
 class Writer(Protocol):
@@ -40,6 +43,16 @@ class Writer(Protocol):
 
     def write(self, step: int, kind: str, values: Mapping[str, Any]) -> None: ...
     def truncate(self, step: int) -> None: ...
+
+
+class Watcher(Protocol):
+    """Follows the steps (see ``steppe.train.goodput`` and ``steppe.train.profiling``)."""
+
+    def before(self, step: int, state: TrainState) -> None:
+        """The step is about to be called on this state."""
+
+    def after(self, step: int) -> None:
+        """The step is complete: its metrics have come."""
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -95,13 +108,19 @@ def run(
     writers: Sequence[Writer] = (),
     schedule: Callable[[int], Any] | None = None,
     watchdog: float = 0.0,
+    flops: Callable[[Mapping[str, Any]], float] | None = None,
+    peak_flops: float = 0.0,
+    watchers: Sequence[Watcher] = (),
 ) -> TrainState:
     """Trains until ``state.step == steps``.
 
     Args:
       train: the step.
       state: where to start; its memory is reused.
-      batches: endless; its state is saved with every checkpoint.
+      batches: endless; its state is saved with every checkpoint. ``Spikes`` of ``train.spikes``
+        around them make the loop go back where the loss spikes: to the last regular checkpoint
+        (the first state is saved too then), or to a copy in memory where there are none. A row
+        of kind "rollback" stands at the first step after it.
       steps: total number of updates, those before a resume included.
       checkpoints, save_every: saved every so many steps and at the end; 0 = at the end only.
       evaluate, eval_every: called every so many steps and at the end; its values are written
@@ -109,19 +128,26 @@ def run(
       log_every: a row of kind "train" every so many steps, and before every save, so that the
         rows of a resumed run cover the same steps: means over the window of the step's
         metrics, and ``step_time`` [s], ``input_wait`` [s a step in which the device had run
-        out of work], ``tokens_per_s`` (attended tokens), ``compile_time`` [s] where a program
-        was compiled. A step that took far longer than those before it of the same shape gets
-        a row of kind "slow", see ``steptime``.
+        out of work], ``device_wait`` [s a step in which this process had nothing to do],
+        ``tokens_per_s`` (attended tokens), ``flops_per_s`` and ``mfu`` where flops and
+        peak_flops are known, ``memory`` and ``memory_peak`` [bytes] of the fullest device where
+        the backend tells; ``compile_time``, ``eval_time``, ``save_time`` [s] where something was
+        compiled, evaluated or saved since the last row. A step that took far longer than those
+        before it of the same shape gets a row of kind "slow", see ``steptime``.
       writers: receive the rows.
       schedule: step -> learning rate, for the log.
       watchdog: seconds that a step (its compilation included), an evaluation or a save may
         take; beyond, the process ends with status 76, see ``watchdog``. 0 = no limit.
+      flops: model FLOPs of a step over all devices, of its batch.
+      peak_flops: of all devices together, FLOP/s; 0 = not known.
+      watchers: told of every step.
 
     Returns:
       The final state.
 
     Raises:
       NonFiniteLoss: before a state that follows the bad step is saved.
+      Diverged: with ``Spikes``: as many rollbacks as are allowed have not helped.
       Interrupted: Ctrl-C, and Preempted: SIGTERM; the state after the last complete step is
         saved first. A second Ctrl-C stops at once.
       SaveFailed: a checkpoint could not be written; the earlier ones stand.
@@ -134,11 +160,14 @@ def run(
         raise ValueError(
             f"save_every and eval_every must be >= 0, got {save_every} and {eval_every}"
         )
-    start = int(state.step)
-    if start > steps:
-        raise ValueError(f"the state is at step {start} already, beyond steps={steps}")
-    window = _Window()
-    pending: _Pending | None = None
+    step = int(state.step)
+    if step > steps:
+        raise ValueError(f"the state is at step {step} already, beyond steps={steps}")
+    window = Window(peak_flops)
+    pending: Pending | None = None
+    guard = batches if isinstance(batches, spikes_.Spikes) else None
+    anchor = None if guard is None else Anchor(guard, checkpoints)
+    kept = checkpoints is not None or anchor is not None
 
     def settle(*, flush: bool = False) -> None:
         """Takes in the metrics of the step before, now that the next one is under way."""
@@ -146,11 +175,16 @@ def run(
         done, pending = pending, None
         if done is None:
             return
-        found = metrics_.fetch(done.metrics)
+        with window.blocked():
+            found = metrics_.fetch(done.metrics)
+        if guard is not None:
+            guard.add(done.step, *(_mean(found.get(name)) for name in ("loss", "grad_norm")))
         for name in ("loss", "grad_norm"):
             if name in found and not math.isfinite(sum(found[name])):
                 raise NonFiniteLoss(_bad(f"{name} is {found[name][0]}", done.step, checkpoints))
         slow = window.add(done, found)
+        for watcher in watchers:
+            watcher.after(done.step)
         if slow is not None:
             _write(writers, done.step, "slow", slow)
         if flush or done.step % log_every == 0 or done.step == steps:
@@ -159,125 +193,75 @@ def run(
                 row["learning_rate"] = float(schedule(done.step - 1))
             _write(writers, done.step, "train", row)
 
-    def save(step: int, *, wait: bool = False) -> None:
-        if checkpoints is None:
-            return
+    def save(step: int, *, regular: bool, wait: bool = False) -> None:
         # Loss and gradient were finite, but the update may have overflowed.
         if not bool(_finite(state.params)):
+            if guard is not None:
+                raise spikes_.Spike("a parameter is not finite", step, {"bad_step": step})
             raise NonFiniteLoss(_bad("a parameter is not finite", step, checkpoints))
-        checkpoints.save(state, batches.get_state(), wait=wait)
+        if anchor is not None and regular:
+            anchor.drop(state, step)
+        if checkpoints is not None:
+            checkpoints.save(state, batches.get_state(), wait=wait)
 
     with (
         _stop_requests() as stopping,
         _complete(checkpoints),
         watchdog_.watching(watchdog) as beat,
     ):
-        for step in range(start + 1, steps + 1):
+        if anchor is not None:
+            anchor.begin(state, step)
+        stop = 0
+        while step < steps:
+            step += 1
             with window.waiting(pending):
                 batch = _next(batches, step, steps)
+            for watcher in watchers:
+                watcher.before(step, state)
             beat(f"step {step}")
             compiled, began = train.compiles, time.perf_counter()
-            state, metrics = train(state, batch)
+            with jax.profiler.StepTraceAnnotation("step", step_num=step):
+                state, metrics = train(state, batch)
+            following = window_.pending(step, metrics, batch, flops)
+            took = time.perf_counter() - began
             if train.compiles > compiled:  # a dispatch takes no time, a compile does
-                window.compiled(time.perf_counter() - began)
-            settle()
-            pending = _Pending(step, metrics, _tokens(batch), _shape(batch))
-            last = step == steps
-            scoring = evaluate is not None and (last or (eval_every and step % eval_every == 0))
-            saving = last or (save_every and step % save_every == 0)
-            stop = 0 if last else stopping(step)
-            if scoring or saving or stop:
-                settle(flush=bool(saving or stop) and checkpoints is not None)
-            if scoring and evaluate is not None:
-                beat(f"the evaluation at step {step}")
-                with window.paused():
-                    _write(writers, step, "eval", dict(evaluate(state)))
-            if saving or stop:
-                beat(f"the save at step {step}")
-                with window.paused():
-                    save(step, wait=bool(stop))
+                window.compiled(took)
+            else:
+                window.dispatched(following, took)
+            try:
+                settle()
+                pending = following
+                last = step == steps
+                scoring = evaluate is not None and (last or (eval_every and step % eval_every == 0))
+                saving = last or (save_every and step % save_every == 0)
+                stop = 0 if last else stop or stopping()
+                if scoring or saving or stop:
+                    settle(flush=bool(saving or stop) and kept)
+                if scoring and evaluate is not None:
+                    beat(f"the evaluation at step {step}")
+                    with window.paused("eval_time"):
+                        _write(writers, step, "eval", dict(evaluate(state)))
+                if kept and (saving or stop):
+                    beat(f"the save at step {step}")
+                    with window.paused("save_time"):
+                        save(step, regular=bool(saving), wait=bool(stop))
+            except spikes_.Spike as spike:
+                assert anchor is not None
+                beat(f"going back from step {spike.step}")
+                pending = None
+                state, step = anchor.back(spike, state)
+                window.restart()
+                for writer in writers:
+                    writer.truncate(step)
+                for row in anchor.spikes.rows():
+                    _write(writers, step + 1, "rollback", row)
+                beat("the next batch")
+                continue
             if stop:
                 kind = Preempted if stop == signal.SIGTERM else Interrupted
                 raise kind(_stopped(step, steps, checkpoints))
             beat("the next batch")
     return state
-
-
-class _Pending(NamedTuple):
-    """A step that was dispatched and whose metrics have not been read."""
-
-    step: int
-    metrics: Metrics
-    tokens: int
-    shape: tuple[Any, ...]
-
-    def ready(self) -> bool:
-        """Whether the device is done with it."""
-        leaves = jax.tree.leaves(self.metrics)
-        return all(leaf.is_ready() for leaf in leaves if hasattr(leaf, "is_ready"))
-
-
-class _Window:
-    """Metrics and times since the last row."""
-
-    def __init__(self) -> None:
-        self._outliers = steptime.Outliers()
-        self._reset()
-        self._mark()
-
-    def _mark(self) -> None:
-        """A step begins to be timed here; what is known not to be its own is taken off."""
-        self._since_step, self._not_step = time.perf_counter(), 0.0
-
-    def _reset(self) -> None:
-        self._mean = metrics_.Mean()
-        self._steps = self._tokens = 0
-        self._wait = self._compile = self._apart = 0.0
-        self._since = time.perf_counter()
-
-    def add(
-        self, done: _Pending, found: Mapping[str, tuple[float, float]]
-    ) -> dict[str, float] | None:
-        """Takes in a step whose metrics have come; says how slow it was if it was."""
-        self._mean.add(found)
-        self._steps += 1
-        self._tokens += done.tokens
-        took = time.perf_counter() - self._since_step - self._not_step
-        self._mark()
-        return self._outliers.add(done.shape, took)
-
-    def compiled(self, seconds: float) -> None:
-        self._compile += seconds
-        self._not_step += seconds
-
-    @contextlib.contextmanager
-    def waiting(self, pending: _Pending | None) -> Iterator[None]:
-        """Preparing input costs something only if the device ran dry meanwhile."""
-        begin = time.perf_counter()
-        yield
-        if pending is None or pending.ready():
-            self._wait += time.perf_counter() - begin
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Evaluation and saving do not count as step time."""
-        begin = time.perf_counter()
-        yield
-        apart = time.perf_counter() - begin
-        self._apart += apart
-        self._not_step += apart
-
-    def row(self) -> dict[str, Any]:
-        took = time.perf_counter() - self._since - self._compile - self._apart
-        row: dict[str, Any] = dict(self._mean.result())
-        row["step_time"] = took / self._steps
-        row["input_wait"] = self._wait / self._steps
-        if self._tokens and took > 0:
-            row["tokens_per_s"] = self._tokens / took
-        if self._compile:
-            row["compile_time"] = self._compile
-        self._reset()
-        return row
 
 
 @jax.jit
@@ -295,14 +279,9 @@ def _next(batches: Batches, step: int, steps: int) -> Mapping[str, Any]:
         ) from None
 
 
-def _tokens(batch: Mapping[str, Any]) -> int:
-    """Attended tokens of the batch; processes are taken to have as many each."""
-    mask = batch.get("attention_mask")
-    return int(mask.sum()) * jax.process_count() if isinstance(mask, np.ndarray) else 0
-
-
-def _shape(batch: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(np.shape(value) for value in batch.values())
+def _mean(pair: tuple[float, float] | None) -> float:
+    """Of a metric that the step has; 0 without, which is never a spike."""
+    return 0.0 if pair is None or not pair[1] else pair[0] / pair[1]
 
 
 def _bad(what: str, step: int, checkpoints: Checkpoints | None) -> str:
@@ -350,10 +329,16 @@ def _complete(checkpoints: Checkpoints | None) -> Iterator[None]:
         checkpoints.wait()
 
 
+# jax lets processes stop at the largest number that any of them has asked with, plus one, and 0
+# before the first: a resumed run that counted its steps would pass by a SIGTERM that came while it
+# was restoring. So every turn of this process counts, from 1.
+_TURNS = itertools.count(1)
+
+
 @contextlib.contextmanager
-def _stop_requests() -> Iterator[Callable[[int], int]]:
-    """Notes Ctrl-C and SIGTERM instead of dying in the middle of a step; yields step -> signal, 0
-    for none.
+def _stop_requests() -> Iterator[Callable[[], int]]:
+    """Notes Ctrl-C and SIGTERM instead of dying in the middle of a step; yields a function that
+    says which came, 0 for none, and is called once a turn.
 
     A second one has its usual effect. Outside the main thread signals are left alone. With
     several processes, which must stop at the same step, jax's preemption service is asked;
@@ -362,14 +347,15 @@ def _stop_requests() -> Iterator[Callable[[int], int]]:
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
-        def reached(step: int) -> int:
-            return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else 0
+        def reached() -> int:
+            turn = next(_TURNS)
+            return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(turn) else 0
 
         yield reached
         return
     seen: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield lambda step: 0
+        yield lambda: 0
         return
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
@@ -384,6 +370,6 @@ def _stop_requests() -> Iterator[Callable[[int], int]]:
     for number in before:
         signal.signal(number, note)
     try:
-        yield lambda step: seen[0] if seen else 0
+        yield lambda: seen[0] if seen else 0
     finally:
         restore()

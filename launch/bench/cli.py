@@ -23,6 +23,8 @@ BENCHES = {
     "merge": ("steppe.launch.bench.merge", "MergeBench"),
     "plan": ("steppe.launch.bench.plan", "PlanBench"),
     "overlays": ("steppe.launch.bench.overlays", "OverlaysBench"),
+    "chaos": ("steppe.launch.bench.chaos", "ChaosBench"),
+    "overhead": ("steppe.launch.bench.overhead", "OverheadBench"),
     "few-shot": ("steppe.launch.bench.few_shot", "FewShotBench"),
 }
 USAGE = f"usage: steppe bench {{{','.join(BENCHES)}}} [options]   (--help lists the options)"

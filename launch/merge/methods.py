@@ -235,7 +235,7 @@ def _fisher(
         mode = "sampled" if many and config.fisher == "exact" else config.fisher
         some = task.some(config.examples, config.batch_size, config.seed)
         key = jax.random.key(config.seed)
-        logits = nets.logits(_rolled(own))
+        logits = nets.logits(rolled(own))
         whole = merge.diag_fisher(logits, params, some, mode, key=key)
         found.append(heads.split(whole)[0])
     c = fisher.coefficients(fisher.norms(found), None, True, 1e-6)
@@ -252,7 +252,7 @@ def _regmean(
             tell(f"inputs of the layers on {task.name}", number, len(tasks))
         own, params = trees.models[task.name]
         some = task.some(config.examples, config.batch_size, config.seed)
-        grams.append(merge.collect_grams(nets.of(_rolled(own)), params, some))
+        grams.append(merge.collect_grams(nets.of(rolled(own)), params, some))
     if tell is not None:
         tell("solving", len(tasks) - 1, len(tasks))
     return Outcome(merge.regmean(trees.thetas, grams, config.a), [])
@@ -264,7 +264,7 @@ def _adapted(
     check_adaptable(tasks)
     own = [trees.models[task.name] for task in tasks]
     tails = [{"head": heads.split(params)[1]} for _, params in own]
-    objective = adaptive.entropies([nets.of(_rolled(c)) for c, _ in own], tails)
+    objective = adaptive.entropies([nets.of(rolled(c)) for c, _ in own], tails)
     draws = [t.draws(config.adapt_on, config.batch_size, config.seed) for t in tasks]
 
     def data(number: int) -> tuple[Any, ...]:
@@ -359,7 +359,7 @@ def save_mask(file: Path, mask: Params) -> None:
     save_file(arrays, file)
 
 
-def _rolled(config: Any) -> Any:
+def rolled(config: Any) -> Any:
     """The network with its layers in a loop: a step that holds it once a task, forwards and
     backwards, would take minutes to compile with the layers written out."""
     if getattr(config, "unroll", 1) == 1:

@@ -17,6 +17,8 @@ import math
 import re
 from dataclasses import dataclass
 
+from steppe.launch.pods import slices
+
 GB = 1e9
 
 
@@ -145,6 +147,29 @@ def parse(text: str) -> Place:
     if count % units:
         raise ValueError(
             f"on={text!r}: the number counts TensorCores, and a {name} device has {units}: use "
-            f"{name}-{count - count % units or units} or {name}-{count + units - count % units}"
+            f"{' or '.join(slices.near(name, count, 2))}"
         )
     return Place(name, count // units)
+
+
+def check_slices(place: Place, count: int) -> None:
+    """Whether so many slices of TPUs exist; one device by itself is planned as such.
+
+    Raises:
+      ValueError: there is no slice of that size; names what is near.
+    """
+    accelerator = ACCELERATORS.get(place.name)
+    if accelerator is None or not accelerator.torus or place.devices == 1:
+        return
+    number = place.devices * accelerator.units // count
+    names = slices.near(place.name, number)
+    if f"{place.name}-{number}" in names:
+        return
+    largest = slices.most(place.name)
+    if number > largest:
+        cure = f"the largest slice is {place.name}-{largest}: give --slices for several"
+    else:
+        cure = f"near ones: {', '.join(names)}"
+    text = f"{place.name}-{place.devices * accelerator.units}"
+    each = f", {number} in each of {count} slices" if count > 1 else ""
+    raise ValueError(f"on={text!r}{each}: there is no such slice; {cure}")

@@ -26,7 +26,8 @@ class PlanConfig(FinetuneConfig):
       on: accelerator and number: ``v5e-16``, ``v5p-128`` (TensorCores, two a device),
         ``v6e-256``, ``h100-8``, ``h200-8``, ``b200-8``, ``cpu``.
       mesh: devices by axis, such as ``fsdp=16,model=4``; empty = one is proposed.
-      slices: TPU slices (or groups of GPU nodes) that the outermost data axis runs across.
+      slices: TPU slices (or groups of GPU nodes) that the outermost data axis runs across; ``on``
+        is all of them together.
       batch_size: rows of a step over all devices; 0 = one row a data shard and micro-batch.
       layers: of the model that trains, where it is cut to fewer than it has; 0 = all.
       length: tokens of a row; 0 = the recipe's, else 4096 for decoders and 128 for others, at
@@ -71,6 +72,7 @@ class PlanConfig(FinetuneConfig):
             raise ValueError(
                 f"slices={self.slices} does not divide the {place.devices} devices of {self.on}"
             )
+        accelerators.check_slices(place, self.slices)
         if self.mesh:
             config_.parse_mesh(self.mesh, place.devices)
         self.training()

@@ -6,7 +6,8 @@ status what happened, and what to do
 0      the run is complete
 2      a mistake in the settings or the data: starting again would not help
 69     this process lost the others, or never found them: start all again
-75     stopped by SIGTERM after saving: start again with ``--resume``
+75     stopped by SIGTERM, after saving where it was training (see ``stop``): start again with
+       ``--resume``
 76     the watchdog saw no step for too long: start again with ``--resume``
 130    interrupted by Ctrl-C; saved where there was something to save
 =====  ==========================================================================

@@ -15,9 +15,11 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from steppe.launch.pods import codes, rank
@@ -35,6 +37,8 @@ COMMANDS = ("finetune", "distill")
 TAIL = 60  # lines of a failed rank that are shown
 # What a rank that only lost another may still need to say so, and the one that failed to end.
 SETTLE = 5.0
+SAME = 2.0
+_ERROR = re.compile(r"steppe: error: (?:rank \d+ of \d+: )?(.*)")
 _DEVICE_FLAG = re.compile(r"--xla_force_host_platform_device_count=\d+")
 
 
@@ -135,13 +139,20 @@ def run(command: Sequence[str], options: Options) -> int:
     """Runs a command as ranks; returns 0, the status of the rank that failed first, 75 after
     SIGTERM, or 130 after Ctrl-C. A second signal kills."""
     port = free_port()
-    ranks = [_Rank(command, environment(options, i, port), i) for i in range(options.processes)]
-    with _signals(ranks, options.grace) as stopped:
-        ended = _until_one_fails(ranks)
-        if any(e.status for e in ended):
-            ended = _settled(ranks, ended)
-        for one in ranks:
-            one.end()
+    with tempfile.TemporaryDirectory(prefix="steppe-launch-") as scratch:
+        words = Path(scratch) / "said"
+        told = {rank.LAUNCHED: str(words)}  # of the first; the others need no more than to be told
+        ranks = [
+            _Rank(command, environment(options, i, port) | ({} if i else told), i)
+            for i in range(options.processes)
+        ]
+        with _signals(ranks, options.grace) as stopped:
+            ended = _until_one_fails(ranks)
+            if any(e.status for e in ended):
+                ended = _settled(ranks, ended)
+            for one in ranks:
+                one.end()
+        said = words.read_text("utf-8") if words.is_file() else ""
     first = blame(ended)
     if stopped and (first is None or first.status in (codes.REQUEUE, *_ASKED)):
         saved = first is not None and first.status == codes.REQUEUE
@@ -150,7 +161,8 @@ def run(command: Sequence[str], options: Options) -> int:
         return 0
     if first.status == codes.REQUEUE:
         return codes.REQUEUE
-    _explain(ranks[first.rank], first, options.processes)
+    if not (said and said == (said if first.rank == 0 else ranks[first.rank].last_words())):
+        _explain(ranks[first.rank], first, options.processes)
     return first.status if first.status > 0 else 128 - first.status
 
 
@@ -159,6 +171,17 @@ _ASKED = (-signal.SIGTERM, -signal.SIGKILL, -signal.SIGINT)
 
 def _status(first: Ended | None, saved: bool) -> int:
     return codes.REQUEUE if saved else 0 if first is None else 128 - first.status
+
+
+def tell(file: str, words: str) -> None:
+    """Leaves the last words of the first process where ``run`` looks for them.
+
+    Args:
+      file: what ``STEPPE_LAUNCHED`` holds; no path for the other processes.
+    """
+    path = Path(file)
+    if path.parent.is_dir() and path.is_absolute():
+        path.write_text(words, "utf-8")
 
 
 def blame(ended: Sequence[Ended]) -> Ended | None:
@@ -221,6 +244,12 @@ class _Rank:
                 if not line.startswith("[Gloo]"):  # who is connected to whom, again and again
                     self.lines.append(line)
 
+    def last_words(self) -> str:
+        """Its error, as the command line says one, without the name of the rank."""
+        found = [_ERROR.match(line.rstrip("\n")) for line in self.lines]
+        said = [match[1] for match in found if match is not None]
+        return said[-1] if said else ""
+
     def signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
@@ -250,6 +279,8 @@ def _settled(ranks: Sequence[_Rank], ended: list[Ended]) -> list[Ended]:
         first = blame(ended)
         assert first is not None
         wait = {codes.REQUEUE: 4 * SETTLE, codes.LOST: SETTLE, -signal.SIGABRT: SETTLE}
+        if first.rank:  # the same mistake of the first process comes a moment later
+            wait[codes.MISTAKE] = SAME
         left = begin + wait.get(first.status, 0.0) - time.monotonic()
         if left <= 0 or len(ended) == len(ranks):
             return ended

@@ -28,7 +28,8 @@ from steppe.launch.pods import codes
 
 COORDINATOR, COUNT, INDEX = "STEPPE_COORDINATOR", "STEPPE_PROCESS_COUNT", "STEPPE_PROCESS_INDEX"
 LOCAL, TIMEOUT = "STEPPE_LOCAL_DEVICES", "STEPPE_JOIN_TIMEOUT"
-# Set by ``steppe launch``, which tells the user itself why a run ended.
+# Set by ``steppe launch``, which tells the user itself why a run ended: to the file where the first
+# process leaves its own last words, so that they are not said twice.
 LAUNCHED = "STEPPE_LAUNCHED"
 # After this many seconds without a sign a process counts as dead.
 HEARTBEAT = 60

@@ -78,19 +78,37 @@ def parse(name: str) -> Slice:
             f"accelerator={name!r} is no TPU slice that is known: write KIND-NUMBER with one of "
             f"{', '.join(_KINDS)}"
         )
-    sizes = _sizes(kind)
-    if int(number) not in sizes:
-        near = sorted(sizes, key=lambda size: abs(math.log(size / max(int(number), 1))))[:3]
+    if int(number) not in _sizes(kind):
         what = "chips" if kind.units == 1 else "TensorCores, two a chip"
         raise ValueError(
             f"accelerator={name!r}: there is no slice of {number} ({what}); near ones: "
-            f"{', '.join(f'{kind_name}-{size}' for size in sorted(near))}"
+            f"{', '.join(near(kind_name, int(number)))}"
         )
     chips = int(number) // kind.units
     # Single hosts of v5e and v6e have up to 8 chips; everything else has 4 a host.
     hosts = 1 if chips <= (8 if kind.flat else 4) else chips // 4
     topology = _FLAT[chips] if kind.flat else "x".join(map(str, _torus(chips)))
     return Slice(f"{kind.gcloud}-{number}", chips, hosts, kind.node, topology, kind.runtime)
+
+
+def near(kind: str, number: int, count: int = 3) -> list[str]:
+    """Names of the slices of a kind that are closest to a number, by size.
+
+    Raises:
+      KeyError: an unknown kind.
+    """
+    sizes = _sizes(_KINDS[_ALIASES.get(kind, kind)])
+    chosen = sorted(sizes, key=lambda size: abs(math.log(size / max(number, 1))))[:count]
+    return [f"{kind}-{size}" for size in sorted(chosen)]
+
+
+def most(kind: str) -> int:
+    """Number of the largest slice of a kind.
+
+    Raises:
+      KeyError: an unknown kind.
+    """
+    return max(_sizes(_KINDS[_ALIASES.get(kind, kind)]))
 
 
 def _sizes(kind: _Kind) -> list[int]:

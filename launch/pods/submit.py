@@ -53,7 +53,13 @@ def main(args: Sequence[str]) -> int:
     check_command(spec)
     text = render(spec, config.to)
     if config.file:
-        Path(config.file).write_text(text, "utf-8")
+        try:
+            Path(config.file).write_text(text, "utf-8")
+        except OSError as error:
+            raise ValueError(
+                f"file={config.file!r} cannot be written ({error.strerror}): give a file in a "
+                "folder that exists and that you may write to"
+            ) from error
     if not config.apply:
         sys.stdout.write(text)
         return 0

@@ -76,6 +76,12 @@ def _continual(folder: Path) -> Path:
     return file
 
 
+def _tour(folder: Path) -> Path:
+    from steppe.launch.tour import command
+
+    return command.write(folder)
+
+
 def _read(file: Path) -> Any:
     try:
         return json.loads(file.read_text("utf-8"))
@@ -104,4 +110,5 @@ KINDS: dict[str, Callable[[Path], Path]] = {
     "merge.json": _merge,
     "quantize.json": _quantization,
     "stages.jsonl": _continual,
+    "tour.json": _tour,
 }

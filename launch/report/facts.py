@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
+from steppe.launch.report import running
 from steppe.launch.report.folder import RunFolder, mapping, number, sequence
 from steppe.launch.report.outcomes import task
 
@@ -120,7 +121,7 @@ def glance(run: RunFolder) -> list[tuple[str, str]]:
     span = wall_time(run)
     if span is not None:
         found.append(("training time", duration(span)))
-    return found
+    return found + running.glance(run)
 
 
 def distilled(run: RunFolder) -> list[tuple[str, str]]:

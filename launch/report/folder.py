@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from steppe.launch import watch
+from steppe.train import goodput
+
 Row: TypeAlias = dict[str, Any]
 
 CONFIG = "config.json"
@@ -40,6 +43,9 @@ class RunFolder:
       train: training rows of metrics.jsonl by increasing step.
       evals: evaluation rows by increasing step.
       predictions: rows of the evaluation split.
+      events: slow steps and rollbacks by increasing step.
+      starts: rows of starts.jsonl, see ``train.goodput``.
+      ranks: rank -> training rows of the processes but the first.
       notes: sentences about everything that is missing or damaged.
     """
 
@@ -50,6 +56,9 @@ class RunFolder:
     evals: Sequence[Row] = ()
     predictions: Sequence[Row] = ()
     notes: Sequence[str] = ()
+    events: Sequence[Row] = ()
+    starts: Sequence[Row] = ()
+    ranks: Mapping[int, Sequence[Row]] = field(default_factory=dict)
 
     @property
     def last_step(self) -> int | None:
@@ -78,7 +87,22 @@ def read(path: Path) -> RunFolder:
     bad = [row["step"] for row in train if "loss" in row and not math.isfinite(number(row["loss"]))]
     if bad:
         notes.append(f"The training loss is not finite in {len(bad)} rows, first at step {bad[0]}.")
-    return RunFolder(path, config, results, train, evals, predictions, tuple(notes))
+    events = [row for row in metrics if row.get("kind") in ("slow", "rollback")]
+    return RunFolder(
+        path,
+        config,
+        results,
+        train,
+        evals,
+        predictions,
+        tuple(notes),
+        [row for row in events if math.isfinite(number(row.get("step")))],
+        _whole_lines(path / goodput.STARTS),
+        {
+            index: _by_step(row for row in _whole_lines(file) if row.get("kind") == "train")
+            for index, file in watch.others(path).items()
+        },
+    )
 
 
 def number(value: Any) -> float:
@@ -146,6 +170,11 @@ def _read_lines(file: Path, notes: list[str]) -> list[Row]:
     if not rows and not torn:
         notes.append(f"{file.name} holds no rows: {_LOST[file.name]}.")
     return rows
+
+
+def _whole_lines(file: Path) -> list[Row]:
+    """Rows of a file that a run may lack; what is damaged is left out."""
+    return _read_lines(file, []) if file.is_file() else []
 
 
 def _by_step(rows: Iterable[Row]) -> list[Row]:

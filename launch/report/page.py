@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from string import Template
 
-from steppe.launch.report import distilling, record, searching, sections, texts
+from steppe.launch.report import distilling, record, running, searching, sections, texts
 from steppe.launch.report.folder import RunFolder, read
 from steppe.launch.report.svg import escape
 
@@ -61,6 +61,7 @@ def render(run: RunFolder) -> str:
         texts.written(run),
         searching.search(run),
         sections.learning(run),
+        running.section(run),
         sections.errors(run),
         sections.cases(run),
         record.record(run),

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from steppe.launch import cli
+from steppe.launch.plan.settings import PlanConfig
 from steppe.launch.pods import cloud, kubernetes, slices, slurm, submit
 from steppe.launch.pods.job import TARGETS, JobSpec, check
 
@@ -371,6 +372,22 @@ def test_sizes_of_slices():
     assert slices.parse("v5p-512").topology == "4x8x8"
 
 
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"on": "v5p-126"}, "on='v5p-126': there is no such slice; near ones: .*v5p-128"),
+        ({"on": "v6e-12"}, "near ones: v6e-8, v6e-16"),
+        ({"on": "v5e-512"}, "the largest slice is v5e-256: give --slices for several"),
+        ({"on": "v5e-36", "slices": 3}, "on='v5e-36', 12 in each of 3 slices: there is no"),
+    ],
+)
+def test_only_slices_that_exist_are_planned(values, words):
+    with pytest.raises(ValueError, match=words):
+        PlanConfig(model="gpt2", **values)
+    for text, count in (("v5e-512", 2), ("v5p-2", 1), ("v5p", 1), ("h100-24", 3), ("cpu-6", 1)):
+        assert PlanConfig(model="gpt2", on=text, slices=count).place.devices
+
+
 # --- the command --------------------------------------------------------------------------
 
 
@@ -390,6 +407,10 @@ def test_submit_prints_and_applies_nothing(capsys, tmp_path, monkeypatch):
     assert "#SBATCH --gpus-per-node=h100:4" in said
     assert "steppe finetune vader-movies --batch-size 64" in said
     assert file.read_text() == said
+    lost = tmp_path / "not" / "there.sh"
+    assert f"file={str(lost)!r} cannot be written (No such file or directory): give" in mistake(
+        capsys, [*words, "--file", str(lost), *command]
+    )
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "sbatch, which is not installed here" in mistake(capsys, [*words, "--apply", *command])
     # Mistakes of the run itself do not wait in a queue.

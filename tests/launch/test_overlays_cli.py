@@ -67,8 +67,13 @@ def test_what_can_be_merged_is(runs, tmp_path):
 
 
 def test_overlays_that_need_more_than_sites(reviews, tmp_path):
-    """A prompt between two layers, and one that is made of each text."""
-    for text in ("lpt:layer=1,length=2,kind=appg,bottleneck=4", "idpg:length=2,bottleneck=4,n=2"):
+    """A prompt between two layers, one that is made of each text, and leaves that never train."""
+    for text in (
+        "lpt:layer=1,length=2,kind=appg,bottleneck=4",
+        "idpg:length=2,bottleneck=4,n=2",
+        "mp2:length=2,modules=2,intrinsic=4,ids=5/6",
+        "added-prompt:length=2,ids=5/6",
+    ):
         run = tmp_path / text[:3]
         assert finetune(reviews, run, "--overlay", text) == 0
         found = json.loads((run / "results.json").read_text())["metrics"]["test"]
@@ -139,6 +144,12 @@ def test_the_list(capsys):
         (["mp2"], "ids must be of the vocabulary of"),
         (["idpg:n=3"], "n=3 must divide the feature of 16"),
         (["lpt:layer=9"], "layer must be in 0.."),
+        (["mp2:tasks=2,length=2,modules=2,intrinsic=4,ids=5/6"], "task"),
+        (
+            ["idpg:feature=batch,width=4,mode=first,n=2,bottleneck=4,length=2"],
+            "the batch must hold",
+        ),
+        (["prompt:length=6"], "positions"),
     ],
 )
 def test_mistakes(options, said, reviews, tmp_path, capsys):

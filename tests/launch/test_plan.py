@@ -65,7 +65,7 @@ def test_accelerators_are_named_as_clouds_name_them(text, name, devices):
     [
         ("h10-8", "unknown accelerator 'h10' .*did you mean 'h100'"),
         ("v5pp-8", "did you mean 'v5p'"),
-        ("v5p-7", "counts TensorCores, and a v5p device has 2: use v5p-6 or v5p-8"),
+        ("v5p-7", "counts TensorCores, and a v5p device has 2: use v5p-8 or v5p-16"),
         ("h100-0", "a number >= 1 of devices"),
         ("h100-many", "a number >= 1 of devices"),
     ],

@@ -82,6 +82,15 @@ def test_two_processes_equal_one_also_over_a_stop_and_another_mesh(reviews, tmp_
     assert rows(run, "eval") == pytest.approx(rows(whole, "eval"), abs=1e-5)
     found, expected = (json.loads((r / "results.json").read_text()) for r in (run, whole))
     assert found["hardware"]["processes"] == 2
+    # Every process has its own log, of both starts, and they stand beside each other.
+    own = [json.loads(line) for line in (run / "metrics.1.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in own if row["kind"] == "train"] == list(range(1, STEPS + 1))
+    assert {"step_time", "input_wait", "device_wait"} <= set(own[0])
+    assert "loss" not in own[0]
+    running = found["running"]
+    assert (running["starts"], running["repeated_steps"]) == (2, 0)
+    assert set(running["ranks"]["each"]) == {"0", "1"}
+    assert "Processes" in (run / "report.html").read_text()
     assert found["metrics"]["test"] == pytest.approx(expected["metrics"]["test"], abs=1e-5)
     out = tmp_path / "again.json"
     assert cli.main(["evaluate", str(run), f"--out={out}"]) == 0
@@ -104,6 +113,16 @@ def test_a_failed_rank_ends_the_others_and_its_own_words_come_first(
     assert errors[0] == "steppe: rank 1 of 2 failed first (status 2)", said
     assert errors[1] == "[rank 1] steppe: error: rank 1 of 2: this host has a broken disk"
     assert len(errors) == 2, said
+
+
+def test_one_mistake_is_one_line(capfd):
+    """Both processes make it, and the launcher has nothing to add."""
+    command = [sys.executable, "-m", "steppe.launch.cli", "finetune", "--batch-size=0"]
+    assert local.run(command, local.Options(processes=2)) == 2
+    said = capfd.readouterr()
+    (line,) = said.err.splitlines()
+    assert line.startswith("steppe: error: batch_size must be >= 1, got 0; ")
+    assert said.out == ""
 
 
 @pytest.mark.slow

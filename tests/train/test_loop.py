@@ -1,5 +1,6 @@
 """The loop: exact resume after any kill, no bad checkpoint, rows that cost nothing."""
 
+import itertools
 import math
 import os
 import random
@@ -279,6 +280,23 @@ def test_a_stop_request_saves_the_last_whole_step_and_says_how_to_go_on(tmp_path
     whole = loop.run(train, fresh(), toy.Batches(), steps=8)
     for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(whole.params)):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def test_several_processes_ask_with_the_turns_of_the_process(train, monkeypatch):
+    """The service says yes to 1 alone where SIGTERM came before the first turn, as in a restore."""
+    from jax.experimental import multihost_utils
+
+    asked = []
+    monkeypatch.setattr(loop, "_TURNS", itertools.count(1))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        multihost_utils, "reached_preemption_sync_point", lambda n: asked.append(n) or n == 4
+    )
+    resumed = fresh().replace(step=jnp.int32(53))
+    state = loop.run(train, resumed, toy.Batches(), steps=57)
+    assert asked == [1, 2, 3]  # not at the last step: it is complete
+    with pytest.raises(loop.Preempted, match="at step 58 of 99"):
+        loop.run(train, state, toy.Batches(), steps=99)
 
 
 def test_a_second_ctrl_c_stops_at_once(train):

@@ -21,7 +21,6 @@ from typing import Any
 import jax.numpy as jnp
 
 from steppe.models.heads import HeadConfig
-from steppe.models.model import Model
 from steppe.models.tree import Params
 from steppe.train.merge.heads import HEAD, MultiHead
 
@@ -114,7 +113,7 @@ def join(merged: MultiHead) -> tuple[Joined, Params]:
     return made, {**merged.trunk, HEAD: {"out": out}}
 
 
-def read(model: Model | Any, labels: Sequence[str] | None) -> Joined:
+def read(model: Any, labels: Sequence[str] | None) -> Joined:
     """What the columns of a model are that was saved with the labels of :class:`Joined`.
 
     Args:
