@@ -104,8 +104,10 @@ def fake_quant(
             step = jax.lax.stop_gradient(scale if group is None else scale[..., None, :])
             largest = top * step
         else:
-            over_all = limits is None
-            largest = jnp.abs(split).max(over, keepdims=True) if over_all else _magnitude(limits)
+            if limits is None:
+                largest = jnp.abs(split).max(over, keepdims=True)
+            else:
+                largest = _magnitude(limits)
             step = _steps(largest, top)
         rounded = (jnp.clip(jnp.round(split / step), -top, top) * step).reshape(x.shape)
         inside = jnp.abs(split) <= largest

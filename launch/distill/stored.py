@@ -43,10 +43,7 @@ def ready(config: DistillConfig, teacher: Any, data: setup.Data, vocab: int | No
             "different sizes: leave store out"
         )
     folder, split = Path(config.store).expanduser(), data.splits["train"]
-    who = {
-        "tokenizer": offline.tokenizer_hash(data.tokenizer),
-        "dataset": offline.dataset_hash(split),
-    }
+    words, texts = offline.tokenizer_hash(data.tokenizer), offline.dataset_hash(split)
     temperature = 1.0 if config.temperature is None else config.temperature
     there = (folder / MANIFEST).is_file()
     if not there or not Store(folder, partial=True).manifest["complete"]:
@@ -66,9 +63,11 @@ def ready(config: DistillConfig, teacher: Any, data: setup.Data, vocab: int | No
                 dtype=DTYPE,
                 temperature=temperature,
                 progress=lambda done, _: shown.tell("the teacher's store", done, len(split)),
-                **who,
+                tokenizer=words,
+                dataset=texts,
             )
-    held = Store(folder, teacher=offline.teacher_hash(teacher.model, teacher.params), **who)
+    known = offline.teacher_hash(teacher.model, teacher.params)
+    held = Store(folder, teacher=known, tokenizer=words, dataset=texts)
     for name, found, wanted in (
         ("top_k", held.k, config.top_k),
         ("temperature", held.temperature, temperature),

@@ -238,8 +238,8 @@ def atkd_loss(
     fraction(lam, "lam")
     fraction(hard_ratio, "hard_ratio")
     valid = jnp.asarray(valid).astype(jnp.float32)
-    logits = (shown(valid, z) for z in (student_logits, teacher_logits))
-    found = kd_decompose(*logits, labels, reverse=reverse)
+    z_s, z_t = (shown(valid, z) for z in (student_logits, teacher_logits))
+    found = kd_decompose(z_s, z_t, labels, reverse=reverse)
     unc, counts = found.unc, valid
     if axis_name is not None:
         unc, counts = (jax.lax.all_gather(x.reshape(-1), axis_name) for x in (unc, counts))

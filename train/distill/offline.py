@@ -140,8 +140,9 @@ def write(
             found = [np.asarray(x) for x in best(teacher.params, inputs)]
             for at, row in new:
                 labels, places = _labelled(batch, at, shift)
-                said = (x[at, places] for x in found)
-                writer.add(row, Example(labels, *said, _read(batch, at, places)))
+                ids, log_p, log_rest = (x[at, places] for x in found)
+                said = Example(labels, ids, log_p, log_rest, _read(batch, at, places))
+                writer.add(row, said)
         if progress is not None:
             progress(len(writer), writer.tokens)
     if writer is None:

@@ -239,7 +239,8 @@ class Writer:
             return
         rows, held = zip(*self._held, strict=True)
         *parts, read = zip(*held, strict=True)
-        whole = Example(*map(np.concatenate, parts))
+        labels, ids, log_p, log_rest = map(np.concatenate, parts)
+        whole = Example(labels, ids, log_p, log_rest)
         stored, error = encode(whole.log_p, self._manifest["dtype"])
         small = self._manifest["vocab_size"] <= 1 << 16
         tensors = {
