@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+
 from steppe.launch.merge import methods as merging
 from steppe.launch.quantize import methods, opened
 from steppe.launch.quantize.opened import Opened
 from steppe.launch.tour import shipped, small
 from steppe.launch.tour.graph import Done, Result
 from steppe.launch.tour.world import MODEL, World
-from steppe.models import packed, quantized
+from steppe.models import packed, quantized, tree
+from steppe.models.tree import Params
 from steppe.train.quantize import baselines
 
 # A rounded model may lose so much of the validation accuracy (of 1) and still be the one that is
@@ -26,7 +29,7 @@ def quantize(
 
     Returns:
       ``bits``, ``method``, ``sqnr`` (mean over the kernels, dB), ``kernels`` and
-      ``kernels_float32`` (bytes), and ``difference`` and ``same`` of :func:`shipped.compared`.
+      ``kernels_float32`` (bytes), ``moved``, and what :func:`shipped.compared` finds.
     """
     config = world.config.quantize(seed)
     what, params = small.read(student.folder / MODEL)
@@ -58,8 +61,17 @@ def quantize(
         "sqnr": sum(e.sqnr for e in errors.values()) / len(errors),
         "kernels": kernels.packed,
         "kernels_float32": kernels.float32,
+        "moved": moved(made.params, quantized.quantize(params, made.rules)),
         **opened_again,
     }
+
+
+def moved(made: Params, nearest: Params) -> float:
+    """Share of the integers that are not those of rounding to nearest."""
+    ours, theirs = tree.flatten(made), tree.flatten(nearest)
+    paths = [path for path in ours if path.endswith("/q")]
+    differ = sum(int((np.asarray(ours[p]) != np.asarray(theirs[p])).sum()) for p in paths)
+    return differ / sum(ours[p].size for p in paths)
 
 
 def choose(scores: Mapping[str, Done], sizes: Mapping[str, int], student: Done) -> Result:

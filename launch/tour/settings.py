@@ -14,6 +14,8 @@ from steppe.launch.quantize.settings import QuantizeConfig
 from steppe.models import quantized
 
 ADAMW = "adamw"
+TASKS = ("asset:vader/movies", "asset:vader/tweets", "asset:sarcasm")
+ELSEWHERE = ("asset:vader/products", "asset:vader/editorials")
 # Divergences of distillation that need no further setting.
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 
@@ -32,7 +34,8 @@ class TourConfig:
       model: model folder, or ``asset:NAME``; an encoder.
       tasks: addresses of the data, one task each; classes.
       elsewhere: further data, scored by the heads of the tasks whose classes have the same
-        names, and never trained on.
+        names, and never trained on; default: reviews and editorials for the default tasks, and
+        none for others.
       out: the run folder.
       seeds: of heads, order, dropout, merging and games; each runs everything.
       full: the longer version: more examples, epochs, iterations, and three seeds. What is
@@ -60,8 +63,8 @@ class TourConfig:
     """
 
     model: str = "asset:minilm-l6"
-    tasks: tuple[str, ...] = ("asset:vader/movies", "asset:vader/tweets", "asset:sarcasm")
-    elsewhere: tuple[str, ...] = ("asset:vader/products", "asset:vader/editorials")
+    tasks: tuple[str, ...] = TASKS
+    elsewhere: tuple[str, ...] | None = None
     out: str = "runs/tour"
     seeds: tuple[int, ...] = (0,)
     full: bool = False
@@ -113,9 +116,9 @@ class TourConfig:
                 raise ValueError(f"{name} must not hold a value twice, got {values}")
         if not self.out:
             raise ValueError("out must name the run folder: --out FOLDER")
-        if set(self.tasks) & set(self.elsewhere):
+        if set(self.tasks) & set(self.further):
             raise ValueError("elsewhere must hold data that is no task's, got some of both")
-        names = [short(one) for one in (*self.tasks, *self.elsewhere)]
+        names = [short(one) for one in (*self.tasks, *self.further)]
         if len(set(names)) != len(names):
             raise ValueError(f"tasks must differ in the last part of their addresses, got {names}")
         for name, low in (("layers", 1), ("curvature", 0), ("grid", 0)):
@@ -142,6 +145,13 @@ class TourConfig:
             quantized.parse(text)
         for seed in self.seeds:
             self.quantize(seed)
+
+    @property
+    def further(self) -> tuple[str, ...]:
+        """The data elsewhere."""
+        if self.elsewhere is not None:
+            return self.elsewhere
+        return ELSEWHERE if set(self.tasks) <= set(TASKS) else ()
 
     @property
     def names(self) -> tuple[str, ...]:

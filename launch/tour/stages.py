@@ -65,7 +65,7 @@ class _Plan:
         self.training = {k: v for k, v in data.items() if k != "eval_limit"}
         self.data = data
         self.tasks = [[name, world.inputs[a]] for name, a in zip(config.names, config.tasks)]
-        self.further = [world.inputs[a] for a in config.elsewhere]
+        self.further = [world.inputs[a] for a in config.further]
 
     def seed(self, seed: int) -> list[Stage]:
         """The stages of one seed."""

@@ -53,15 +53,29 @@ def summary(
         "crossed": {o: found[f"{first}/scores/{o}"].result["crossed"] for o in config.optimisers},
         "surface": found[f"{first}/surface"].result if config.grid else None,
         "mask": next((one["mask"] for one in merges.values() if one.get("mask")), None),
-        "notes": [
-            f"{slug}: {note}" for slug, one in merges.items() for note in one.get("notes", [])
-        ],
+        "notes": notes(config, found),
         "export": found[f"{first}/export"].result,
         "seconds": {"total": sum(seconds.values()), "stages": seconds},
         "hashes": graph.hashes,
         "versions": machine.versions(),
         "hardware": machine.hardware(),
     }
+
+
+def notes(config: TourConfig, found: Mapping[str, Done]) -> list[str]:
+    """What a reader of the table has to know of the first seed's merges and games."""
+    first, said = config.seeds[0], []
+    for slug in slugs(config):
+        for note in found[f"{first}/merge/{slug}"].result.get("notes", []):
+            said.append(f"{slug}: {note}")
+    for bits, method in config.rounded():
+        if method == "rtn":
+            continue
+        moved = found[f"{first}/quantize/{bits}-{method}"].result["moved"]
+        kept = "the game keeps the rounding that it began with"
+        share = f"{moved:.2%} of the integers are not those of rounding"
+        said.append(f"{bits.upper()}, {method.upper()}: {share if moved else kept}")
+    return said
 
 
 def rows(config: TourConfig, found: Mapping[str, Done]) -> list[dict[str, Any]]:

@@ -59,14 +59,14 @@ class World:
         self._check_model()
         self.nets = Nets()
         self._rounding: dict[Any, Model] = {}
-        records = {a: self._records(a) for a in (*config.tasks, *config.elsewhere)}
+        records = {a: self._records(a) for a in (*config.tasks, *config.further)}
         self.settings = {a: self._settings(a, found) for a, found in records.items()}
         self.tasks = {
             name: self._open(name, self.settings[address], records[address])
             for name, address in zip(config.names, config.tasks, strict=True)
         }
         self.further: dict[str, dict[str, Task]] = {name: {} for name in self.tasks}
-        for address in config.elsewhere:
+        for address in config.further:
             self._open_further(address, records[address])
         self.inputs = {name: pinned(name) for name in (config.model, *records)}
 

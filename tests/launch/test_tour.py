@@ -209,6 +209,13 @@ def test_choices_are_made_on_the_validation_split(done):
         assert choice["valid"][choice["best"]] == max(choice["valid"].values())
     merge = json.loads(next(out.glob("stages/0-merge-ties-*/stage.json")).read_text())["result"]
     assert merge["sweep"][f"{merge['lam']:g}"] == max(merge["sweep"].values())
+    (game,) = out.glob("stages/0-quantize-w4a8-zsaq-*/stage.json")
+    moved = json.loads(game.read_text())["result"]["moved"]
+    assert [note for note in found["notes"] if "ZSAQ" in note] == [
+        "W4A8, ZSAQ: the game keeps the rounding that it began with"
+        if moved == 0
+        else f"W4A8, ZSAQ: {moved:.2%} of the integers are not those of rounding"
+    ]
     optimiser = str(found["choices"]["optimiser"]["best"]).rpartition("/")[2]
     assert merge["optimiser"] == optimiser
     (other,) = out.glob("stages/0-merge-average-other-*/stage.json")
@@ -225,9 +232,15 @@ def test_the_page_is_whole(done):
         assert word not in page, word
     # Two fronts, two surfaces, two grids, the seconds; and where there is a mask two of it.
     assert page.count("<svg") == 7
-    mask = [{"tensor": f"layers.{n}/attn/q/kernel", "density": 0.5, "rate": None} for n in (0, 1)]
+    mask = [
+        {"tensor": f"layers.{n}/attn/q/kernel", "density": 0.5, "rate": rate}
+        for n, rate in enumerate((0.4, 0.6))
+    ]
     masked = touring.render(finite({**found, "mask": mask}))
     assert masked.count("<svg") == 9
+    same = touring.render(finite({**found, "mask": [{**row, "rate": 0.5} for row in mask]}))
+    assert same.count("<svg") == 8
+    assert "with a probability of 0.50" in same
     assert "The shared subspace" in masked
     for claim in found["claims"]:
         assert claim["claim"] in page

@@ -12,6 +12,14 @@ from steppe.launch.tour.graph import Done, Graph, Stage
 from steppe.launch.tour.rounded import choose
 from steppe.launch.tour.settings import TourConfig
 
+
+def test_other_tasks_have_no_data_elsewhere_unless_it_is_given():
+    assert TourConfig().further == ("asset:vader/products", "asset:vader/editorials")
+    mine = ("file:a.csv", "file:b.csv")
+    assert TourConfig(tasks=mine).further == ()
+    assert TourConfig(tasks=mine, elsewhere=("file:c.csv",)).further == ("file:c.csv",)
+
+
 # The graph -----------------------------------------------------------------------------------
 
 
