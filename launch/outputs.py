@@ -52,6 +52,19 @@ def write_json(file: Path, value: Any) -> Path:
     return write_text(file, json.dumps(_finite(value), indent=2, ensure_ascii=False) + "\n")
 
 
+def read_json(file: Path) -> Any:
+    """What :func:`write_json` wrote.
+
+    Raises:
+      OSError: the file cannot be read.
+      ValueError: it is damaged.
+    """
+    try:
+        return json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error})") from error
+
+
 def write_predictions(file: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     """Writes one JSON object a line."""
     lines = (json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in rows)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import shlex
 import shutil
 import time
@@ -105,10 +104,7 @@ def report(out: Path) -> Path:
     """
     from steppe.launch.report import merging
 
-    try:
-        found = json.loads((out / RESULT).read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{out / RESULT} is damaged ({error})") from error
+    found = outputs.read_json(out / RESULT)
     return outputs.write_text(out / PAGE, merging.render(merging.finite(found)))
 
 

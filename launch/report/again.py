@@ -5,7 +5,6 @@ A stream of tasks has a table and no page.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,14 +82,14 @@ def _tour(folder: Path) -> Path:
 
 
 def _read(file: Path) -> Any:
+    from steppe.launch import outputs
+
     try:
-        return json.loads(file.read_text("utf-8"))
+        return outputs.read_json(file)
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{file.parent} holds no finished task yet: go on with --resume"
         ) from None
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error})") from error
 
 
 def _run(folder: Path) -> Path:

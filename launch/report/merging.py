@@ -133,13 +133,13 @@ def _curves(result: Mapping[str, Any], swept: Mapping[str, Any], at: Sequence[fl
         for split in ("valid", "test")
     ]
     drawn = surfaces.lines("Mean score over the coefficient", lines, dots=True)
-    figures = _figure("Mean score over the coefficient", drawn, ("valid", "test"))
+    figures = figure("Mean score over the coefficient", drawn, ("valid", "test"))
     names = _names(result)[: len(STYLES)]
     each = [
         Line(name, at, [number(row["scores"][i]) for row in swept["test"]])
         for i, name in enumerate(names)
     ]
-    figures += _figure("Test score of each task", surfaces.lines("Scores", each, dots=True), names)
+    figures += figure("Test score of each task", surfaces.lines("Scores", each, dots=True), names)
     return figures
 
 
@@ -156,7 +156,7 @@ def _adaptation(result: Mapping[str, Any]) -> str:
             for i, name in enumerate(names[: len(STYLES)])
         ]
         drawn = surfaces.lines(f"Entropy, {phase}", lines)
-        figures += _figure(f"Entropy while the {phase} learnt, nats", drawn, names)
+        figures += figure(f"Entropy while the {phase} learnt, nats", drawn, names)
     if not figures:
         return ""
     return (
@@ -180,7 +180,7 @@ def _coefficients(result: Mapping[str, Any]) -> str:
     known = [v for v in every if math.isfinite(v)] or [0.0, 1.0]
     for i, name in enumerate(names):
         cells = {row["tensor"]: number(row["values"][i]) for row in rows}
-        figures += _figure(name, heat(f"Coefficients of {name}", cells, (min(known), max(known))))
+        figures += figure(name, heat(f"Coefficients of {name}", cells, (min(known), max(known))))
     rest = f"<p>{len(rows) - LISTED} more in merge.json</p>" if len(rows) > LISTED else ""
     return (
         f'<section><h2>Coefficients</h2><div class="pair">{figures}</div>'
@@ -192,10 +192,9 @@ def _mask(result: Mapping[str, Any]) -> str:
     rows = sequence(result.get("mask"))
     if not rows:
         return ""
-    drawn = {row["tensor"]: number(row["density"]) for row in rows}
-    rates = {row["tensor"]: number(row["rate"]) for row in rows}
-    figures = _figure("Mean of the mask that was drawn", heat("Density of the mask", drawn))
-    figures += _figure("Probability that an entry is kept", heat("Rate of the mask", rates))
+    drawn, rates = kept(rows)
+    figures = figure("Mean of the mask that was drawn", heat("Density of the mask", drawn))
+    figures += figure("Probability that an entry is kept", heat("Rate of the mask", rates))
     return (
         f'<section><h2>The mask</h2><div class="pair">{figures}</div><p class="under">By layer and '
         "tensor. One mask serves all tasks; what is left of a tensor is divided by the mean of its "
@@ -204,18 +203,24 @@ def _mask(result: Mapping[str, Any]) -> str:
     )
 
 
+def kept(rows: Sequence[Any]) -> tuple[dict[str, float], dict[str, float]]:
+    """(share of each tensor that the drawn mask keeps, mean probability that an entry is kept)."""
+    drawn, rates = (
+        {row["tensor"]: number(row[name]) for row in rows} for name in ("density", "rate")
+    )
+    return drawn, rates
+
+
 def _vectors(result: Mapping[str, Any]) -> str:
     found = mapping(result.get("geometry"))
     if not found:
         return ""
     names = _names(result)
-    figures = _figure("Cosines of the task vectors", matrix("Cosines", names, found["cosines"]))
+    figures = figure("Cosines of the task vectors", matrix("Cosines", names, found["cosines"]))
     shares = {name: number(differ) / met for name, met, differ in found["tensors"] if met}
     share = number(found["disagreement"])
     if shares:
-        figures += _figure(
-            "Where signs differ", heat("Share of entries whose signs differ", shares)
-        )
+        figures += figure("Where signs differ", heat("Share of entries whose signs differ", shares))
     lengths = ", ".join(
         f"{name} {number(v):.4g}" for name, v in zip(names, found["norms"], strict=True)
     )
@@ -331,7 +336,8 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def _figure(title: str, drawn: str, names: Sequence[str] = ()) -> str:
+def figure(title: str, drawn: str, names: Sequence[str] = ()) -> str:
+    """A drawing under its title, with a key of the lines' names."""
     keys = "".join(
         f'<span class="key {style}">{escape(name)}</span>'
         for name, style in zip(names, STYLES, strict=False)

@@ -136,7 +136,7 @@ def _fronts(found: Mapping[str, Any]) -> str:
         ("ms", "Accuracy against latency", "milliseconds for one text, median"),
     ):
         drawn = touring_figures.pareto(title, touring_figures.points(found, cost), unit)
-        figures += _figure(title, drawn)
+        figures += merging.figure(title, drawn)
     return (
         f'<section><h2>What it costs, what it gains</h2><div class="pair">{figures}</div>'
         '<p class="under">Mean test accuracy of the tasks in percent; the numbers are those of '
@@ -224,7 +224,7 @@ def _surface(found: Mapping[str, Any]) -> str:
     figures = ""
     for name, losses in values.items():
         drawn = surfaces.plane(f"Loss around {named(name)}", planes[name]["at"], losses, marks)
-        figures += _figure(named(name), drawn)
+        figures += merging.figure(named(name), drawn)
     return (
         f'<section><h2>The surface around {escape(held["task"])}</h2><div class="pair">{figures}'
         '</div><p class="under">Training loss along two random directions, each filter as long as '
@@ -237,13 +237,12 @@ def _mask(found: Mapping[str, Any]) -> str:
     rows = sequence(found.get("mask"))
     if not rows:
         return ""
-    drawn = {row["tensor"]: number(row["density"]) for row in rows}
-    rates = {row["tensor"]: number(row["rate"]) for row in rows}
-    figures = _figure("Mean of the mask that was drawn", merging.heat("Density", drawn))
+    drawn, rates = merging.kept(rows)
+    figures = merging.figure("Mean of the mask that was drawn", merging.heat("Density", drawn))
     said = "The Concrete mask that serves all tasks, by tensor and layer."
     known = [rate for rate in rates.values() if math.isfinite(rate)]
     if known and max(known) - min(known) > 1e-3:
-        figures += _figure("Probability that an entry is kept", merging.heat("Rate", rates))
+        figures += merging.figure("Probability that an entry is kept", merging.heat("Rate", rates))
     elif known:
         said += (
             f" Every entry is kept with a probability of {known[0]:.2f}: the mask is the one that "
@@ -269,14 +268,14 @@ def _domains(found: Mapping[str, Any]) -> str:
         rows.append(_short(row))
         values.append([number(row["tasks"][name]) for name in tasks])
     title = f"Trunk of a row, head of a column ({named(optimiser)})"
-    figures = _figure(title, touring_figures.grid(title, rows, tasks, values))
+    figures = merging.figure(title, touring_figures.grid(title, rows, tasks, values))
     places = [(task, other) for task in tasks for other in chain[0]["away"][task]]
     if places:
         columns = [f"{task} → {other}" for task, other in places]
         away = [[number(row["away"][task][other]) for row in chain] for task, other in places]
         heads = [_short(row) for row in chain]
         name = "Head of a task on other data"
-        figures += _figure(name, touring_figures.grid(name, columns, heads, away))
+        figures += merging.figure(name, touring_figures.grid(name, columns, heads, away))
     return (
         f'<section><h2>Across domains</h2><div class="pair">{figures}</div><p class="under">Test '
         "accuracy in percent. Left: what the models of other tasks know of a task, with its head "
@@ -336,7 +335,7 @@ def _cost(found: Mapping[str, Any]) -> str:
     )
     drawn = touring_figures.seconds("Seconds by phase", phases)
     return (
-        f'<section><h2>What it cost</h2><div class="pair">{_figure("Seconds", drawn)}'
+        f'<section><h2>What it cost</h2><div class="pair">{merging.figure("Seconds", drawn)}'
         '<p class="under">Every stage lies in a folder of its own, called by its settings and by '
         "what it depends on: another setting runs again what depends on it, and nothing "
         'else.</p></div><details><summary>All stages</summary><div class="wide">'
@@ -376,7 +375,3 @@ def _how(found: Mapping[str, Any]) -> str:
 
 def _plain(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-
-
-def _figure(title: str, drawn: str) -> str:
-    return f"<figure><figcaption><h3>{escape(title)}</h3></figcaption>{drawn}</figure>"

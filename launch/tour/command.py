@@ -98,10 +98,7 @@ def write(out: Path) -> Path:
     from steppe.launch.report import touring
     from steppe.launch.report.sharpness import finite
 
-    try:
-        found = json.loads((out / RESULT).read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{out / RESULT} is damaged ({error})") from error
+    found = outputs.read_json(out / RESULT)
     outputs.write_text(out / PAGE, touring.render(finite(found)))
     console = Console()
     console.print(table.terminal(found))
