@@ -21,8 +21,8 @@ usage: steppe COMMAND [options]      (steppe COMMAND --help lists the options)
   finetune [RECIPE]   fine-tune a pretrained model, evaluate, report, export
   distill [RECIPE]    a student learns from a teacher, evaluate both, report, export
   quantize MODEL      a model as integers by several methods, with what each costs
-  compare [RECIPE]    sharpness methods x seeds x sizes x sources, or merging methods x seeds:
-                      one table with a paired test
+  compare [RECIPE]    sharpness methods or overlays x seeds x sizes x sources, or merging methods
+                      x seeds: one table with a paired test
   merge METHOD BASE MODEL ...
                       several fine-tunes of one base as one model, with a table
   blackbox            a prompt for a frozen model from forward passes alone (BBT, BBTv2)

@@ -211,6 +211,48 @@ def flat_minima() -> CompareConfig:
     )
 
 
+def few_shot() -> CompareConfig:
+    """Full fine-tuning beside overlays on 16 and 64 examples a class of four sources.
+
+    One learning rate a method, fixed beforehand: too few examples are left to choose it by.
+    """
+    return CompareConfig(
+        out="runs/few-shot",
+        base=FinetuneConfig(
+            data=DataConfig(group="group", eval_limit=300, max_length=32, buckets=(16, 32)),
+            optim=OptimConfig(learning_rate=5e-5),
+            epochs=10.0,
+            batch_size=16,
+            baselines=False,
+        ),
+        sources=(
+            "asset:vader/movies",
+            "asset:vader/tweets",
+            "asset:vader/products",
+            "asset:sarcasm",
+        ),
+        sizes=(16, 64),
+        per_class=True,
+        methods=(
+            "adamw",
+            *(
+                f"{name}:learning_rate={rate}"
+                for name, rate in (
+                    ("lora", "1e-3"),
+                    ("prefix", "1e-3"),
+                    ("pfeiffer", "1e-3"),
+                    ("compacter", "1e-3"),
+                    ("ia3", "5e-3"),
+                    ("bitfit", "1e-3"),
+                    ("unipelt", "1e-3"),
+                    ("idpg", "1e-3"),
+                    ("lpt", "1e-3"),
+                )
+            ),
+        ),
+    )
+
+
 # Gradients an adapted method may take: Concrete AdaMerging takes two a step of the mask.
 BUDGET = (
     "average",
@@ -280,6 +322,7 @@ def merging_vision() -> StudyConfig:
 
 COMPARISONS: dict[str, Callable[[], CompareConfig | StudyConfig]] = {
     "flat-minima": flat_minima,
+    "few-shot": few_shot,
     "merging": merging,
     "merging-vision": merging_vision,
 }

@@ -342,7 +342,8 @@ def _stop_requests() -> Iterator[Callable[[], int]]:
 
     A second one has its usual effect. Outside the main thread signals are left alone. With
     several processes, which must stop at the same step, jax's preemption service is asked;
-    it has its own handler of SIGTERM.
+    it has its own handler of SIGTERM. A handler before this one that has an attribute ``asked``
+    says by it that its signal has come, and that what it raised was lost.
     """
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
@@ -358,6 +359,7 @@ def _stop_requests() -> Iterator[Callable[[], int]]:
         yield lambda: 0
         return
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    seen += [number for number, handler in before.items() if getattr(handler, "asked", False)]
 
     def restore() -> None:
         for number, handler in before.items():

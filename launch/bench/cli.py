@@ -25,6 +25,7 @@ BENCHES = {
     "overlays": ("steppe.launch.bench.overlays", "OverlaysBench"),
     "chaos": ("steppe.launch.bench.chaos", "ChaosBench"),
     "overhead": ("steppe.launch.bench.overhead", "OverheadBench"),
+    "scaling": ("steppe.launch.bench.scaling", "ScalingBench"),
     "few-shot": ("steppe.launch.bench.few_shot", "FewShotBench"),
 }
 USAGE = f"usage: steppe bench {{{','.join(BENCHES)}}} [options]   (--help lists the options)"

@@ -39,7 +39,7 @@ def run(config: CompareConfig, command: Sequence[str] = ()) -> dict[str, Any]:
     folders.check(config, folder, GROWS)
     journal = Journal(folder)
     trials = Trials(config)
-    trials.material.open()
+    trials.open()
     outputs.write_json(folder / folders.CONFIG, config_.to_dict(config))
     progress = _Progress(config, journal, console)
     try:

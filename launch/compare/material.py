@@ -89,7 +89,14 @@ class Material:
 
     def _large_enough(self, cell: Cell) -> Source:
         source = self.source(cell.source)
-        if cell.size > len(source.rows):
+        if self.config.per_class:
+            name, rows = min(classes(source).items(), key=lambda pair: len(pair[1]))
+            if cell.size > len(rows):
+                raise ValueError(
+                    f"sizes={cell.size} is more than the {len(rows)} training examples of class "
+                    f"{name!r} of {cell.source}; take fewer"
+                )
+        elif cell.size > len(source.rows):
             raise ValueError(
                 f"sizes={cell.size} is more than the {len(source.rows)} training examples of "
                 f"{cell.source}; 0 takes all"
@@ -104,7 +111,11 @@ class Material:
         """
         source = self._large_enough(cell)
         rows = setup.first(source.rows, cell.size)
-        if self.config.resample and cell.size:
+        if self.config.per_class:
+            each = (drawn(of, cell.size, f"draw {seed}") for of in classes(source).values())
+            chosen = {str(row["id"]) for few in each for row in few}
+            rows = [row for row in source.rows if str(row["id"]) in chosen]
+        elif self.config.resample and cell.size:
             rows = drawn(source.rows, cell.size, f"draw {seed}")
         tokenizer = setup.fitting(source.settings, self._origin, self._bare)
         train = setup.encode(source.task, rows, tokenizer, source.settings, training=True)
@@ -113,6 +124,14 @@ class Material:
             train = dataclasses.replace(train, labels=labels)
         parts = {"train": train, "valid": source.valid, "test": source.test}
         return setup.Data(source.task, tokenizer, parts, cell.source)
+
+
+def classes(source: Source) -> dict[str, list[dict[str, Any]]]:
+    """The training rows of a source by their label."""
+    out: dict[str, list[dict[str, Any]]] = {}
+    for row in source.rows:
+        out.setdefault(str(row[source.settings.label]), []).append(row)
+    return out
 
 
 def drawn(rows: list[dict[str, Any]], count: int, salt: str) -> list[dict[str, Any]]:

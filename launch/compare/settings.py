@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -13,7 +14,8 @@ from steppe.launch.config import FinetuneConfig
 # Names of arms that are a method; AdamW is what a run without a method uses.
 ADAMW = "adamw"
 # What an arm may say beside the settings of its method: anything that keeps the pairs pairs.
-FREE = ("epochs", "ema", "drop", *optimiser.SETTINGS[1:])
+RATE = "learning_rate"
+FREE = ("epochs", "ema", "drop", RATE, *(n for n in optimiser.SETTINGS[1:] if n != "exclude"))
 METRICS = Literal["accuracy", "f1_macro", "loss"]
 
 
@@ -22,7 +24,7 @@ class Cell(NamedTuple):
 
     Attributes:
       source: address of the data.
-      size: training examples; 0 = all.
+      size: training examples, of each class where the comparison counts so; 0 = all.
       noise: share of the training labels that is wrong.
     """
 
@@ -69,11 +71,14 @@ class CompareConfig:
         one is left out where it is the run's own, or where its classes have other names.
       transfer_limit: use only so many examples of each of those; 0 = all.
       sizes: numbers of training examples; 0 = all.
+      per_class: sizes count the examples of each class, which are then as many of all.
       noise: shares of the training labels that are replaced by another class.
       methods: arms, the first of which the others are compared with. ``NAME`` or
         ``NAME:SETTING=VALUE,...``, NAME being adamw or a value of ``finetune --sharpness``;
         several radii are separated by slashes: ``fsam:keep_ratio=0.1,rho=0.01/0.02/0.05``.
-        epochs, ema and drop may be set as well, such as ``adamw:epochs=10``.
+        epochs, ema, drop and learning_rate may be set as well, such as ``adamw:epochs=10``. NAME
+        may also be an overlay, which AdamW trains: ``prefix:length=10,learning_rate=1e-3``, or
+        another method: ``lora:rank=8,sharpness=fsam,rho=0.01/0.02``.
       seeds: of the runs that are reported.
       select_seeds: of those that choose rho.
       select_by: score on the validation split that decides; ties take the smaller rho.
@@ -106,6 +111,7 @@ class CompareConfig:
     select_by: METRICS = "accuracy"
     valid_limit: int = 1000
     resample: bool = True
+    per_class: bool = False
     curvature: bool = False
     ball: float = 0.05
     curvature_examples: int = 128
@@ -122,6 +128,8 @@ class CompareConfig:
         for name in ("transfer_limit", "valid_limit", "curvature_examples"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+        if self.per_class and not (self.resample and all(self.sizes)):
+            raise ValueError("per_class needs sizes > 0 and resample: it draws them for every seed")
         if min(self.sizes) < 0:
             raise ValueError(f"sizes must be >= 0 (0 = all examples), got {min(self.sizes)}")
         if not all(0.0 <= share < 1.0 for share in self.noise):
@@ -173,6 +181,7 @@ class CompareConfig:
 
 _ELSEWHERE = {
     "sharpness": "methods says which methods run",
+    "overlay": "methods says which overlays run",
     "rho": "methods has the radii",
     "seed": "seeds has the seeds",
     "probe": "a fitted head has no steps",
@@ -182,36 +191,55 @@ _ELSEWHERE = {
 
 
 def parse_arm(text: str, base: FinetuneConfig) -> Arm:
-    """``"fsam:keep_ratio=0.1,rho=0.01/0.02"`` as an :class:`Arm`.
+    """``"fsam:keep_ratio=0.1,rho=0.01/0.02"`` or ``"lora:rank=8"`` as an :class:`Arm`.
 
     Raises:
       ValueError: an unknown method or setting, or a value that it cannot have.
     """
     method, _, rest = text.partition(":")
+    own: Mapping[str, Any] = {}  # settings of an overlay come before those of the run
     sharpness = "none" if method == ADAMW else method
-    if method == "none" or sharpness not in optimiser.DEFAULTS:
-        known = [ADAMW, *(m for m in optimiser.DEFAULTS if m != "none")]
-        raise ValueError(f"methods must be among {', '.join(known)}, got {method!r}")
+    attaches = method == "none" or sharpness not in optimiser.DEFAULTS
+    if attaches:
+        from steppe.launch import overlays  # imports jax, which the names of a recipe do not need
+
+        if method not in overlays.KNOWN:
+            known = [ADAMW, *(m for m in optimiser.DEFAULTS if m != "none"), *overlays.KNOWN]
+            raise ValueError(f"methods must be among {', '.join(known)}, got {method!r}")
+        sharpness, own = "none", overlays.settings_of(method)
+    free = (*own, "sharpness", *FREE) if attaches else FREE
     values: dict[str, Any] = {"sharpness": sharpness}
     grid: tuple[float, ...] = ()
-    kept = []
+    seen, attached, kept = set(), [], []
     for part in filter(None, rest.split(",")):
         name, equals, value = part.partition("=")
         name = name.strip().replace("-", "_")
-        if not equals or name not in FREE or name == "exclude":
+        if not equals or name not in free:
             raise ValueError(
                 f"methods has {part!r} in {text!r}; it must be SETTING=VALUE with one of "
-                f"{', '.join(n for n in FREE if n != 'exclude')}"
+                f"{', '.join(dict.fromkeys(free))}"
             )
-        if name in values or (name == "rho" and grid):
+        if name in seen:
             raise ValueError(f"methods has {name} twice in {text!r}")
-        if name == "rho":
+        seen.add(name)
+        if name in own:
+            attached.append(f"{name}={value}")
+        elif name == "rho":
             grid = tuple(sorted(_number(v, text) for v in value.split("/")))
+            continue
         else:
             values[name] = _value(name, value, text)
-            kept.append(f"{name}={value}")
-    if sharpness != "none" and not grid:
-        grid = (optimiser.DEFAULTS[sharpness]["rho"],)
+        kept.append(f"{name}={value}")
+    if attaches:
+        values["overlay"] = (method + (":" + ",".join(attached) if attached else ""),)
+        overlays.parse(values["overlay"])  # a value out of range is refused before anything runs
+    if values["sharpness"] != "none" and not grid:
+        grid = (optimiser.DEFAULTS[values["sharpness"]]["rho"],)
+    if RATE in values:
+        rate = values.pop(RATE)
+        if rate < 0:
+            raise ValueError(f"methods has {RATE}={rate:g} in {text!r}; it must be >= 0")
+        values["optim"] = dataclasses.replace(base.optim, learning_rate=rate)
     for rho in grid:  # out of range, or given for AdamW: refused as finetune refuses it
         dataclasses.replace(base, **values, rho=rho)
     config = dataclasses.replace(base, **values)
@@ -219,6 +247,8 @@ def parse_arm(text: str, base: FinetuneConfig) -> Arm:
 
 
 def _value(name: str, text: str, arm: str) -> Any:
+    if name == RATE:
+        return _number(text, arm)
     kinds = {f.name: str(f.type) for f in dataclasses.fields(FinetuneConfig)}
     if "float" in kinds[name]:
         return _number(text, arm)

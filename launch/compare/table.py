@@ -35,6 +35,7 @@ COLUMNS = {
     "ball_loss": ("curvature", "ball_loss"),
     "ball_gap": ("curvature", "ball_gap"),
     "train_s": ("train_s",),
+    "trained": ("trained",),
 }
 RESAMPLES = 2000
 
@@ -76,7 +77,7 @@ def _cell(config: CompareConfig, cell: Cell, journal: Journal) -> dict[str, Any]
         if arm is not arms[0]:
             found["differences"] = _differences(rows[arms[0].name], own)
         out.append(found)
-    return {**cell._asdict(), "arms": out}
+    return {**cell._asdict(), "per_class": config.per_class, "arms": out}
 
 
 def _rows(
@@ -165,6 +166,7 @@ HEAD = {
     "ball_loss": ("worst in ball", 1, 2),
     "train_loss": ("train loss", 1, 3),
     "train_s": ("train s", 1, 0),
+    "trained": ("trained parameters", 1, 0),
 }
 
 
@@ -172,6 +174,10 @@ def columns(cell: Mapping[str, Any]) -> list[str]:
     """Columns that the table of a cell has, in order."""
     have = dict.fromkeys(name for arm in cell["arms"] for name in arm["metrics"])
     shown = [name for name in HEAD if name in have]
+    # Where all methods train the same parameters, their number says nothing.
+    counts = {arm["metrics"].get("trained", {}).get("mean") for arm in cell["arms"]}
+    if len(counts - {None}) < 2:
+        shown = [name for name in shown if name != "trained"]
     return shown[:4] + [n for n in have if n.startswith("transfer/")] + shown[4:]
 
 
@@ -186,6 +192,8 @@ def number(name: str, found: Mapping[str, Any] | None) -> str:
     """``mean ± spread`` of a column as the table shows it; percentages without the sign."""
     if not found or found.get("mean") is None:
         return ""
+    if name == "trained":
+        return f"{found['mean']:,.0f}"
     _, scale, digits = HEAD.get(name, ("", 100, 1))
     text = f"{scale * found['mean']:.{digits}f}"
     return text if found.get("std") is None else f"{text} ± {scale * found['std']:.{digits}f}"
@@ -194,6 +202,8 @@ def number(name: str, found: Mapping[str, Any] | None) -> str:
 def title(cell: Mapping[str, Any]) -> str:
     """A cell in words."""
     size = f"{cell['size']:,} training examples" if cell["size"] else "all training examples"
+    if cell.get("per_class"):
+        size += " a class"
     noise = f", {cell['noise']:.0%} of the labels wrong" if cell["noise"] else ""
     return f"{cell['source'].split(':', 1)[-1]}, {size}{noise}"
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from steppe.launch import optimiser, pieces, scoring, setup
+from steppe.launch import optimiser, overlays, pieces, scoring, setup
 from steppe.launch.compare.journal import Trial
 from steppe.launch.compare.material import Material
 from steppe.launch.compare.settings import Arm, Cell, CompareConfig
@@ -53,6 +53,19 @@ class Trials:
         """Programs compiled for training so far."""
         return sum(train.compiles for _, train in self._shared.values())
 
+    def open(self) -> None:
+        """Reads the data and tries the overlays, so that a mistake is found before any training.
+
+        Raises:
+          ValueError, OSError: as ``steppe finetune``; data that are too few.
+        """
+        bare = self.bare.build()
+        for arm in self.arms.values():
+            if arm.config.overlay:
+                overlay = overlays.parse(arm.config.overlay)
+                jax.eval_shape(overlay.init, jax.random.key(0), bare.abstract())
+        self.material.open()
+
     def build(self, cell: Cell, arm: Arm, seed: int) -> pieces.Pieces:
         """Model, data, batches and step of a trial; rho is still open.
 
@@ -64,7 +77,8 @@ class Trials:
         data = self.material.draw(cell, seed)
         classes = data.task.num_labels
         built = pieces.build(config, data=data, loaded=self._loaded(cell, seed, config.drop))
-        model = self._models.setdefault((classes, config.drop), built.model)
+        # The overlay's first leaves do not depend on the head, in which alone the seeds differ.
+        model = self._models.setdefault((classes, config.drop, config.overlay), built.model)
         key = (arm.name, built.steps, classes)
         if key not in self._shared:
             tx = _open(config, built)
@@ -84,7 +98,11 @@ class Trials:
         arm = self.arms[trial.arm]
         built = self.build(trial.cell, arm, trial.seed)
         state = with_seed(with_rho(pieces.start(built), trial.rho), trial.seed)
-        found: dict[str, Any] = {"steps": built.steps, "gradients": gradients(arm, trial.rho)}
+        found: dict[str, Any] = {
+            "steps": built.steps,
+            "gradients": gradients(arm, trial.rho),
+            "trained": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        }
         rows = _Rows()
         try:
             state = loop.run(
@@ -126,7 +144,7 @@ class Trials:
         if self.config.curvature:
             from steppe.launch.compare import curvature
 
-            key = (built.data.task.num_labels, built.config.drop)
+            key = (built.data.task.num_labels, built.config.drop, built.config.overlay)
             if key not in self._objectives:
                 self._objectives[key] = objectives.for_task(built.model, built.data.task.kind)
             objective = self._objectives[key]

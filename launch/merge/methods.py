@@ -20,6 +20,7 @@ from steppe.models.model import Model
 from steppe.models.tree import Params
 from steppe.train import merge
 from steppe.train.merge import adaptive, concrete, fisher, heads, stream
+from steppe.train.merge.inputs import open_input
 
 # (what goes on, done, of how many)
 Told = Callable[[str, int, int], None]
@@ -107,7 +108,7 @@ def load(base: Part, models: Sequence[Part], tell: Told | None = None) -> Trees:
     """Reads all models.
 
     Raises:
-      ValueError: NaN or infinity in one of them (names folder and parameter), or trunks that
+      ValueError: NaN or infinity in one of them (names file and tensor), or trunks that
         hold other parameters.
     """
     trunks, whole, labels = [], {}, {}
@@ -152,8 +153,18 @@ def _check_finite(params: Params, folder: Path) -> None:
         # By numpy: jax would compile a program for every shape.
         if jnp.issubdtype(leaf.dtype, jnp.floating) and not np.isfinite(np.asarray(leaf)).all():
             raise ValueError(
-                f"{folder} holds NaN or infinity at {path!r}; the training that made it diverged"
+                f"{_place(folder, path)} holds NaN or infinity; the training that made it diverged"
             )
+
+
+def _place(folder: Path, path: str) -> str:
+    """File and tensor with the first value that is not finite, as a streamed merge names it."""
+    opened = open_input(folder, folder.name)
+    for name, tensor in opened.tensors.items():
+        view = opened.read(name)
+        if jnp.issubdtype(view.dtype, jnp.floating) and not np.isfinite(view).all():
+            return f"{tensor.file}: tensor {tensor.stored!r}"
+    return f"{folder}: parameter {path!r}"  # one that is computed when the model is opened
 
 
 def streamed(config: MergeConfig, lam: float) -> stream.Method:

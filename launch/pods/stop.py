@@ -27,6 +27,29 @@ class Stopped(KeyboardInterrupt):
     status = codes.REQUEUE
 
 
+class Handler:
+    """What SIGTERM calls: the first raises ``Stopped``, a second ends the process at once.
+
+    Attributes:
+      asked: whether the first has come. An exception that a signal raises within a callback (of
+        the garbage collector, say) ends there, and the program goes on: so the training loop
+        looks here when it begins.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __call__(self, number: int, frame: Any) -> None:
+        if self.asked:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.asked = True
+        raise Stopped(
+            "stopped by SIGTERM while nothing was to be saved: give the same command again "
+            "(with --resume where the run folder is there)"
+        )
+
+
 @contextlib.contextmanager
 def requeued() -> Iterator[None]:
     """Turns SIGTERM into ``Stopped`` in the main thread; a second one ends the process at once.
@@ -37,15 +60,7 @@ def requeued() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-
-    def note(number: int, frame: Any) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        raise Stopped(
-            "stopped by SIGTERM while nothing was to be saved: give the same command again "
-            "(with --resume where the run folder is there)"
-        )
-
-    before = signal.signal(signal.SIGTERM, note)
+    before = signal.signal(signal.SIGTERM, Handler())
     try:
         yield
     finally:

@@ -374,6 +374,9 @@ def test_mistakes_end_in_one_line(world, tmp_path, capsys, monkeypatch):
     assert "NaN" in words
     assert "hurt" in words
     assert "embeddings" in words
+    # Methods that hold whole models say it with the file's own names too.
+    with pytest.raises(ValueError, match=r"safetensors: tensor '.*embeddings.*' holds"):
+        methods._check_finite(broken, hurt)
 
     import shutil
 

@@ -19,6 +19,7 @@ import numpy as np
 import optax
 import pytest
 
+from steppe.launch.pods import stop
 from steppe.train import loop, step
 from steppe.train.checkpoint import Checkpoints, SaveFailed
 from steppe.train.loop import Interrupted, NonFiniteLoss
@@ -280,6 +281,31 @@ def test_a_stop_request_saves_the_last_whole_step_and_says_how_to_go_on(tmp_path
     whole = loop.run(train, fresh(), toy.Batches(), steps=8)
     for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(whole.params)):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def test_a_sigterm_whose_exception_was_lost_stops_the_run_at_its_first_step(
+    tmp_path, train, monkeypatch
+):
+    """What a signal raises within a callback goes no further: it came, and nobody stopped."""
+    lost = []
+    monkeypatch.setattr(sys, "unraisablehook", lost.append)
+
+    class Restoring:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0)
+
+    before = signal.getsignal(signal.SIGTERM)
+    checkpoints = Checkpoints(tmp_path)
+    with stop.requeued():
+        Restoring()
+        assert isinstance(lost[0].exc_value, stop.Stopped)
+        with pytest.raises(loop.Preempted, match="step 1 of 20; it is saved"):
+            loop.run(train, fresh(), toy.Batches(), steps=20, checkpoints=checkpoints)
+        with pytest.raises(stop.Stopped):  # elsewhere it ends what goes on
+            stop.Handler()(signal.SIGTERM, None)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert checkpoints.steps == [1]
 
 
 def test_several_processes_ask_with_the_turns_of_the_process(train, monkeypatch):
