@@ -15,6 +15,7 @@ TARGETS: tuple[str, ...] = get_args(Target)
 COMMANDS = ("finetune", "distill")
 PORT = 8476
 YEAR = 8760
+CACHE = "JAX_COMPILATION_CACHE_DIR"
 AGAIN = (codes.LOST, codes.REQUEUE, codes.HUNG)
 # Names of GPUs: SLURM's gres, SkyPilot's accelerators and device types have them alike.
 _GPU = re.compile(r"([A-Za-z][\w.-]*):(\d+)")
@@ -42,6 +43,8 @@ class JobSpec:
       setup: shell lines before it, such as ``source /shared/venv/bin/activate``.
       workdir: directory of the command on the nodes; empty = where the job starts.
       env: ``NAME=VALUE`` for the command.
+      programs: folder that all nodes share, for what XLA has compiled: a start after the first
+        finds its programs there. For accelerators.
       image: container image [jobset, xpk, skypilot].
       spot: machines that may be taken back at any time [tpu-vm, skypilot, jobset].
       partition, account, qos: [slurm].
@@ -67,6 +70,7 @@ class JobSpec:
     setup: tuple[str, ...] = ()
     workdir: str = ""
     env: tuple[str, ...] = ()
+    programs: str = ""
     image: str = ""
     spot: bool = False
     partition: str = ""
@@ -117,6 +121,13 @@ class JobSpec:
             name, equals, _ = setting.partition("=")
             if not equals or not _VARIABLE.fullmatch(name):
                 raise ValueError(f"env must hold NAME=VALUE, got {setting!r}")
+        if self.programs and not self.accelerator:
+            raise ValueError(
+                "programs is for accelerators: on a CPU with several devices a program that was "
+                "compiled before may start its collectives in another order on each, and hang"
+            )
+        if self.programs and any(e.startswith(f"{CACHE}=") for e in self.env):
+            raise ValueError(f"programs and env {CACHE} say the same: give one of them")
         words = ("partition", "account", "qos", "output", "namespace", "queue", "priority")
         for field in (*words, "image", "project", "zone", "runtime", "cluster"):
             if not _WORD.fullmatch(getattr(self, field)):
@@ -189,7 +200,8 @@ class JobSpec:
         lines = [f"cd {shlex.quote(self.workdir)}"] if self.workdir else []
         lines += list(self.setup)
         lines += ["export STEPPE_REQUEUE=1"]
-        for setting in self.env:
+        cache = (f"{CACHE}={self.programs}",) if self.programs else ()
+        for setting in (*cache, *self.env):
             name, _, value = setting.partition("=")
             lines.append(f"export {name}={shlex.quote(value)}")
         return lines

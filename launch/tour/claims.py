@@ -155,10 +155,12 @@ def _flatter(config: TourConfig, found: Mapping[str, Done], sharp: str) -> dict[
 
 def _files(config: TourConfig, found: Mapping[str, Done]) -> dict[str, Any]:
     result = found[f"{config.seeds[0]}/export"].result
-    sides = [result["student"], result["packed"]]
+    sides = [result[name] for name in ("student", "packed", "transformers") if name in result]
     largest = max(side["difference"] for side in sides)
     same = min(side["same"] for side in sides)
     about = "largest difference of a logit to the model in memory, both folders"
+    if "transformers" in result:
+        about += "; one also by transformers"
     row = _row("what is written opens with the same answers", about, [largest])
     said = f"{largest:.1g}; {same:.1%} of the answers are the same"
     return row | {"holds": largest <= ROUNDOFF and same == 1.0, "said": said}

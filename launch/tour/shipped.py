@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,8 @@ HUB, PACKED = "student", "packed"
 ROWS = (1, 16)
 ROUNDS, TURNS = 7, 3
 TEXTS = 3
+# A batch of one task's texts -> [B, classes of all tasks].
+Logits: TypeAlias = Callable[[Mapping[str, np.ndarray]], np.ndarray]
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -40,19 +43,24 @@ def export(world: World, student: Done, rounded: Done, folder: Path) -> Result:
       For each folder ``bytes``, and ``difference`` and ``same`` of what is opened to the model in
       memory (see :func:`compared`; of the packed one as its quantization found them);
       ``integers``, the same of the packed model when it multiplies integers to when it
-      multiplies rounded floats; and ``texts``, what it answers.
+      multiplies rounded floats; ``transformers``, the same of the folder when transformers
+      opens it, where PyTorch is installed; and ``texts``, what it answers.
     """
     what, params = small.read(student.folder / MODEL)
     small.write(world, folder / HUB, what, params)
     shutil.copytree(rounded.folder / MODEL, folder / PACKED)
     back = pretrained.load(folder / HUB)
-    here = (what.config.build(), params)
-    found: Result = {HUB: compared(world, here, (back.model, back.params), what)}
+    here = _logits((what.config.build(), params))
+    there = _logits((back.model, back.params))
+    found: Result = {HUB: _differences(world, here, there, what)}
     found[PACKED] = {name: rounded.result[name] for name in ("difference", "same")}
     held = packed.load(folder / PACKED)
     whole = packed.load(folder / PACKED, integers=True)
     pairs = (held.model, held.params), (whole.model, whole.params)
     found["integers"] = compared(world, *pairs, what)
+    if importlib.util.find_spec("torch") is not None:
+        theirs = _by_transformers(folder / HUB)
+        found["transformers"] = _differences(world, here, theirs, what)
     for name in (HUB, PACKED):
         found[name]["bytes"] = size(folder / name)
     found["rounded"] = rounded.name
@@ -80,19 +88,41 @@ def compared(
       ``difference``, the largest of any logit; ``same``, the share of texts that get the same
       class of their own task.
     """
-    batches = [_inputs(world, name) for name in world.tasks]
+    return _differences(world, _logits(here), _logits(there), what)
 
-    def logits(pair: tuple[Model, Params]) -> list[np.ndarray]:
-        apply = jax.jit(lambda params, batch: pair[0].apply(params, batch).logits)
-        return [np.asarray(apply(pair[1], batch)) for _, _, batch in batches]
 
-    ours, theirs = logits(here), logits(there)
-    same = []
-    for (name, _, _), a, b in zip(batches, ours, theirs, strict=True):
+def _differences(
+    world: World, here: Logits, there: Logits, what: joined.Joined
+) -> dict[str, float]:
+    same, largest = [], 0.0
+    for name in world.tasks:
+        _, _, batch = _inputs(world, name)
+        a, b = here(batch), there(batch)
         at = what.columns(name)
         same.append((a[:, at].argmax(1) == b[:, at].argmax(1)).mean())
-    largest = max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True))
+        largest = max(largest, float(np.abs(a - b).max()))
     return {"difference": largest, "same": float(np.mean(same))}
+
+
+def _logits(pair: tuple[Model, Params]) -> Logits:
+    apply = jax.jit(lambda params, batch: pair[0].apply(params, batch).logits)
+    return lambda batch: np.asarray(apply(pair[1], batch))
+
+
+def _by_transformers(folder: Path) -> Logits:
+    """The logits of a folder as transformers opens it, which needs PyTorch."""
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+
+    def logits(batch: Mapping[str, np.ndarray]) -> np.ndarray:
+        with torch.no_grad():
+            held = {name: torch.from_numpy(value.astype(np.int64)) for name, value in batch.items()}
+            return np.asarray(model(**held).logits.float().numpy())
+
+    return logits
 
 
 def _texts(world: World, what: joined.Joined, held: packed.Loaded) -> list[dict[str, Any]]:

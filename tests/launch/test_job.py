@@ -174,6 +174,17 @@ def test_slurm_puts_back_what_may_go_on_and_keeps_the_status(tools, status, rest
     assert (["scontrol", "requeue", "7"] in [c["words"] for c in calls()]) == requeued
 
 
+def test_compiled_programs_outlive_a_start(tools):
+    make, run, _, _, root = tools
+    make("srun", f"echo $JAX_COMPILATION_CACHE_DIR > {root}/seen")
+    assert (
+        run(slurm.render(spec(programs="/shared/what's compiled")), SLURM_JOB_ID="7").returncode
+        == 0
+    )
+    assert (root / "seen").read_text() == "/shared/what's compiled\n"
+    assert not any("CACHE" in line for line in spec().preamble())
+
+
 def test_a_mistake_of_one_rank_is_the_status_of_the_job(tools):
     """srun tells that of the rank which it killed for it."""
     make, run, calls, _, root = tools
@@ -337,6 +348,12 @@ def test_kubectl_reads_the_pods(tmp_path):
         ("slurm", {"grace": 7200, "hours": 2}, "leaves nothing of hours=2"),
         ("slurm", {"name": "My job"}, "small letters, digits and dashes"),
         ("slurm", {"env": ("1A=x",)}, "env must hold NAME=VALUE, got '1A=x'"),
+        ("slurm", {"accelerator": "", "programs": "/s"}, "programs is for accelerators"),
+        (
+            "slurm",
+            {"programs": "/s", "env": ("JAX_COMPILATION_CACHE_DIR=/t",)},
+            "programs and env JAX_COMPILATION_CACHE_DIR say the same",
+        ),
         ("slurm", {"partition": "a b"}, "partition='a b' must be one plain word"),
         ("slurm", {"image": "x"}, "--image is for jobset, xpk, skypilot; slurm would ignore it"),
         ("slurm", {"command": ("report",)}, "command must begin with finetune or distill"),

@@ -2,6 +2,7 @@
 and what the page and the files say of it."""
 
 import dataclasses
+import importlib.util
 import json
 import random
 from pathlib import Path
@@ -196,6 +197,9 @@ def test_what_is_handed_out_answers_as_its_row_says(done):
         "difference": 0.0, "same": 1.0, "bytes": rows["student"]["bytes"]
     }  # fmt: skip
     assert found["export"]["packed"]["difference"] < 1e-6
+    if importlib.util.find_spec("torch") is not None:
+        assert found["export"]["transformers"]["difference"] < 1e-4
+        assert found["export"]["transformers"]["same"] == 1.0
     assert found["export"]["integers"]["same"] > 0.9
     texts = found["export"]["texts"]
     assert [row["task"] for row in texts] == 3 * ["movies"] + 3 * ["news"]
