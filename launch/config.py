@@ -297,6 +297,8 @@ class EvaluateConfig:
       samples: lm, chat, seq2seq: examples for which texts are written, greedily; answers and
         translations are scored by chrF, BLEU and equality.
       sample_tokens: most tokens of such a text.
+      task: of a model that answers several, whose classes are called TASK/CLASS: the one that the
+        data is of; empty = the one that has the data's classes.
       out: JSON file for the result; empty = print only.
     """
 
@@ -306,6 +308,7 @@ class EvaluateConfig:
     batch_size: int = 64
     samples: int = 0
     sample_tokens: int = 64
+    task: str = ""
     out: str = ""
 
     def __post_init__(self) -> None:

@@ -47,6 +47,9 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             f"model {config.model!r} has no head to evaluate; fine-tune it first, "
             "or give the folder of a run"
         )
+    if head.kind == "classification":
+        loaded = opening.one_task(loaded, config.task, lambda: _classes(data))
+        head = loaded.model.config.head
     tokenizer = setup.fitting(data, origin, pretrained.load_config(origin.weights))
     task, dataset = encoded(data, split, tokenizer, loaded)
     if kinds.head_of(task.kind) != head.kind:
@@ -133,6 +136,12 @@ def encoded(
     else:
         rows = setup.divide(data, found)[split]
     return task, setup.encode(task, rows, tokenizer, data, training=False)
+
+
+def _classes(data: DataConfig) -> set[str]:
+    """Names of the data's classes."""
+    rows = [] if data.classes else setup.records(data)
+    return set(data.classes) or {str(row[data.label]) for row in rows if data.label in row}
 
 
 def _named(labels: tuple[str, ...] | None) -> tuple[str, ...]:

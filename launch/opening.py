@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from steppe.data.text import Tokenizer
 from steppe.launch import kinds, overlays, setup
-from steppe.models import packed, pretrained
+from steppe.models import packed, pretrained, quantized
+from steppe.train.merge import joined
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,42 @@ def with_output(weights: Path, task: str) -> pretrained.Loaded:
         return loaded
     found = pretrained.load(weights, head="lm")
     return loaded if found.fresh else found
+
+
+def one_task(
+    loaded: pretrained.Loaded, task: str, classes: Callable[[], Collection[str]]
+) -> pretrained.Loaded:
+    """The columns of one task of a model that answers several, see ``train.merge.joined``; any
+    other model as it is.
+
+    Args:
+      task: its name; empty = the only one that has all of the data's classes.
+      classes: reads these; asked for such a model alone.
+
+    Raises:
+      ValueError: no such task; several could be meant, or none; a task is given for a model of one.
+    """
+    names, head = loaded.labels or (), loaded.model.config.head
+    several = head is not None and names and all(joined.BETWEEN in name for name in names)
+    if not several:
+        if task:
+            raise ValueError(f"task={task!r}, but the model answers one task alone; leave it out")
+        return loaded
+    what = joined.read(loaded.model, names)
+    seen = () if task else set(classes())
+    fits = [name for name, own in what.classes.items() if set(seen) <= set(own)]
+    if not task and set(seen) <= set(names):
+        return loaded  # data whose labels say the task themselves
+    if not task and len(fits) != 1:
+        known = "; ".join(f"{name}: {', '.join(own)}" for name, own in what.classes.items())
+        raise ValueError(f"the model answers several tasks ({known}); say which one by --task")
+    task = task or fits[0]
+    config = what.config_of(task)
+    model = config.build()
+    if isinstance(loaded.model, quantized.Quantized):
+        model = quantized.wrap(model, loaded.model.rules, weights=False)
+    params = what.alone(task, loaded.params)
+    return dataclasses.replace(loaded, model=model, params=params, labels=what.classes[task])
 
 
 def open_writer(name: str, dtype: str = "float32") -> Opened:

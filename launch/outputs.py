@@ -49,7 +49,7 @@ def write_text(file: Path, text: str) -> Path:
 
 def write_json(file: Path, value: Any) -> Path:
     """Writes a JSON file; NaN and infinities become null, which JSON can hold."""
-    return write_text(file, json.dumps(_finite(value), indent=2, ensure_ascii=False) + "\n")
+    return write_text(file, json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(file: Path) -> Any:
@@ -67,7 +67,7 @@ def read_json(file: Path) -> Any:
 
 def write_predictions(file: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     """Writes one JSON object a line."""
-    lines = (json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in rows)
+    lines = (json.dumps(plain(row), ensure_ascii=False) + "\n" for row in rows)
     return write_text(file, "".join(lines))
 
 
@@ -161,11 +161,12 @@ def _text(record: Mapping[str, Any], config: Any) -> str:
     return f"{text} | {second}" if isinstance(second, str) else text
 
 
-def _finite(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """What JSON can hold: lists for tuples, text for keys, null for NaN and infinities."""
     if isinstance(value, Mapping):
-        return {str(k): _finite(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):

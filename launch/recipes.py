@@ -221,7 +221,7 @@ def few_shot() -> CompareConfig:
         base=FinetuneConfig(
             data=DataConfig(group="group", eval_limit=300, max_length=32, buckets=(16, 32)),
             optim=OptimConfig(learning_rate=5e-5),
-            epochs=10.0,
+            epochs=20.0,
             batch_size=16,
             baselines=False,
         ),

@@ -23,6 +23,7 @@ BENCHES = {
     "merge": ("steppe.launch.bench.merge", "MergeBench"),
     "plan": ("steppe.launch.bench.plan", "PlanBench"),
     "overlays": ("steppe.launch.bench.overlays", "OverlaysBench"),
+    "overlay-step": ("steppe.launch.bench.overlay_step", "OverlayStepBench"),
     "chaos": ("steppe.launch.bench.chaos", "ChaosBench"),
     "overhead": ("steppe.launch.bench.overhead", "OverheadBench"),
     "scaling": ("steppe.launch.bench.scaling", "ScalingBench"),

@@ -17,7 +17,7 @@ from steppe.launch.bench import environment, finetune, harness
 from steppe.launch.bench.harness import Protocol
 from steppe.launch.bench.shapes import Shapes, export
 from steppe.launch.bench.sharpness_sides import METHODS, TORCH, target
-from steppe.launch.bench.worker import Worker
+from steppe.launch.bench.worker import Worker, against
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -125,17 +125,17 @@ def run(config: SharpnessBench, say: Callable[[str], None] = print) -> dict[str,
                 peer, theirs = _open(config, folder, TORCH[0], threads)
                 with peer:
                     differences["adamw"] = harness.same_losses(curve, theirs, config.tolerance)
-                    rows[TORCH[0]] = _measure(config, base, peer, "adamw")
+                    rows[TORCH[0]] = against(base, peer, "adamw", config.protocol)
                     second, sharp = _open(config, folder, TORCH[1], threads)
                     with second:
-                        rows[TORCH[1]] = _measure(config, peer, second, TORCH[0])
+                        rows[TORCH[1]] = against(peer, second, TORCH[0], config.protocol)
             result["adamw_peak_memory"] = base.call("peak_memory")
             for name in config.chosen:
                 method, curve = _open(config, folder, name, threads)
                 with method:
                     if torch and METHODS[name].equals == TORCH[1]:
                         differences[name] = harness.same_losses(curve, sharp, config.tolerance)
-                    rows[name] = _measure(config, base, method, "adamw")
+                    rows[name] = against(base, method, "adamw", config.protocol)
                     rows[name] |= {"goal": METHODS[name].goal, "last_loss": curve[-1]}
                 ratio = rows[name]["ratio"]
                 say(f"{name}: {ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})")
@@ -166,23 +166,6 @@ def _open(
     except BaseException:
         worker.close()
         raise
-
-
-def _measure(config: SharpnessBench, base: Worker, worker: Worker, against: str) -> dict[str, Any]:
-    """Times of a method in turns with its AdamW, and their ratio round by round."""
-
-    def turn(side: Worker) -> harness.Turn:
-        return lambda steps: float(side.call("turn", steps))
-
-    theirs, seconds = harness.compare(turn(base), turn(worker), config.protocol)
-    return {
-        "seconds": seconds,
-        **harness.spread(seconds)._asdict(),
-        "against": against,
-        "base_seconds": theirs,
-        "ratio": harness.ratio(seconds, theirs)._asdict(),
-        "peak_memory": worker.call("peak_memory"),
-    }
 
 
 def table(result: Mapping[str, Any]) -> RenderableType:

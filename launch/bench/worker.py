@@ -163,10 +163,6 @@ def serve(target: str, threads: int) -> None:
         answers.flush()
 
 
-if __name__ == "__main__":
-    serve(sys.argv[1], int(sys.argv[2]))
-
-
 def interleave(
     worker: Worker, names: Iterable[str], protocol: harness.Protocol
 ) -> dict[str, list[float]]:
@@ -176,3 +172,32 @@ def interleave(
         return lambda steps: float(worker.call("turn", name, steps))
 
     return harness.interleave({name: turn(name) for name in names}, protocol)
+
+
+def against(base: Worker, worker: Worker, name: str, protocol: harness.Protocol) -> dict[str, Any]:
+    """Times of a side in turns with another, both by their method ``turn(steps)``.
+
+    Args:
+      name: what the other one is called.
+
+    Returns:
+      ``seconds`` a step with median and range; ``against``, the name, and ``base_seconds``;
+      ``ratio`` round by round; ``peak_memory`` of the side, bytes.
+    """
+
+    def turn(side: Worker) -> harness.Turn:
+        return lambda steps: float(side.call("turn", steps))
+
+    theirs, seconds = harness.compare(turn(base), turn(worker), protocol)
+    return {
+        "seconds": seconds,
+        **harness.spread(seconds)._asdict(),
+        "against": name,
+        "base_seconds": theirs,
+        "ratio": harness.ratio(seconds, theirs)._asdict(),
+        "peak_memory": worker.call("peak_memory"),
+    }
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], int(sys.argv[2]))

@@ -157,11 +157,12 @@ def _claims(found: Mapping[str, Any]) -> str:
         )
     seeds = len(sequence(found["config"]["seeds"]))
     how = (
-        "A difference is true where the 95% interval of its mean over the seeds is above 0, and "
-        "not shown where that holds 0."
+        "A difference is true where the 95% interval of its mean over the seeds is above 0, not "
+        "true where it is below, and not shown where it holds 0."
         if seeds > 1
-        else "This is one seed, which has no spread: a difference is not shown below twice the "
-        "standard error that so few test texts give. steppe tour --seeds 0 1 2 runs more."
+        else "This is one seed, which has no spread: a difference of less than twice the standard "
+        "error that so few test texts give is not shown, up or down. steppe tour --seeds 0 1 2 "
+        "runs more."
     )
     return (
         f'<section><h2>What each stage promises</h2><ul class="claims">{items}</ul>'

@@ -1,8 +1,9 @@
 """What each stage promises, and whether it is so: numbers of every seed, and what they show.
 
-A difference is shown by several seeds where its 95% interval of the mean (paired by seed, t) is
-above 0, and a share is kept where every seed keeps it. One seed has no spread: it is said to be
-one, and a difference is held against twice the standard error that the number of test texts gives.
+A difference is true where its 95% interval of the mean (paired by seed, t) is above 0, not true
+where it is below, and not shown where it holds 0; a share is kept where every seed keeps it. One
+seed has no spread: it is said to be one, and its interval is twice the standard error that the
+numbers of test texts give.
 """
 
 from __future__ import annotations
@@ -23,10 +24,14 @@ ROUNDOFF = 1e-3
 def all_of(config: TourConfig, found: Mapping[str, Done]) -> list[dict[str, Any]]:
     """Every claim that the finished stages decide."""
     sharp = named(config.sharpness)
-    error = standard_error(found[f"{config.seeds[0]}/scores/{ADAMW}"])
+    first = config.seeds[0]
 
     def test(name: str) -> Callable[[int], float]:
         return lambda seed: float(found[f"{seed}/scores/{name}"].result["mean"]["test"])
+
+    def error(*names: str) -> float:
+        """Standard error of the sum or difference of the first seed's scores, in points."""
+        return math.hypot(*(standard_error(found[f"{first}/scores/{name}"]) for name in names))
 
     def merge(seed: int) -> float:
         return test(_best(found, seed, "merge"))(seed)
@@ -34,14 +39,22 @@ def all_of(config: TourConfig, found: Mapping[str, Done]) -> list[dict[str, Any]
     def chosen(seed: int) -> float:
         return test(_best(found, seed, "optimiser"))(seed)
 
+    def averaged(seed: int, optimiser: str) -> str:
+        return "average" if optimiser == _best(found, seed, "optimiser") else OTHER
+
     def kept_by_averaging(seed: int, optimiser: str) -> float:
-        best = _best(found, seed, "optimiser")
-        return test("average" if optimiser == best else OTHER)(seed) / test(optimiser)(seed)
+        return test(averaged(seed, optimiser))(seed) / test(optimiser)(seed)
+
+    def share_error(optimiser: str) -> float:
+        """Of a share, by that of its two accuracies (delta method)."""
+        above, below = averaged(first, optimiser), optimiser
+        parts = (error(name) / test(name)(first) for name in (above, below))
+        return kept_by_averaging(first, optimiser) * math.hypot(*parts)
 
     out = [
         _difference(
             config, f"{sharp} helps", f"mean accuracy with {sharp} less AdamW's, points",
-            test(ADAMW), test(config.sharpness), error,
+            test(ADAMW), test(config.sharpness), error(ADAMW, config.sharpness),
         )
     ]  # fmt: skip
     if config.curvature:
@@ -56,7 +69,7 @@ def all_of(config: TourConfig, found: Mapping[str, Done]) -> list[dict[str, Any]
                 "points",
                 lambda seed: kept_by_averaging(seed, ADAMW),
                 lambda seed: kept_by_averaging(seed, config.sharpness),
-                error,
+                math.hypot(share_error(ADAMW), share_error(config.sharpness)),
             )
         )
     out.append(
@@ -71,7 +84,7 @@ def all_of(config: TourConfig, found: Mapping[str, Done]) -> list[dict[str, Any]
                 _difference(
                     config, f"{slug} beats averaging",
                     f"mean accuracy of {slug} less the average's, points",
-                    test("average"), test(slug), error,
+                    test("average"), test(slug), error("average", slug),
                 )
             )  # fmt: skip
     out.append(
@@ -88,7 +101,8 @@ def all_of(config: TourConfig, found: Mapping[str, Done]) -> list[dict[str, Any]
                 _difference(
                     config, f"ZSAQ beats rounding, {bits.upper()}",
                     "mean accuracy of ZSAQ less that of rounding to nearest, points",
-                    test(f"{bits}-rtn"), test(f"{bits}-zsaq"), error,
+                    test(f"{bits}-rtn"), test(f"{bits}-zsaq"),
+                    error(f"{bits}-rtn", f"{bits}-zsaq"),
                 )
             )  # fmt: skip
     out.append(_files(config, found))
@@ -96,11 +110,18 @@ def all_of(config: TourConfig, found: Mapping[str, Done]) -> list[dict[str, Any]
 
 
 def standard_error(scores: Done) -> float:
-    """Of the difference of two accuracies that are measured on these test texts, in points, as if
-    the two were independent: those of two related models differ by less."""
-    mean = float(scores.result["mean"]["test"])
-    count = sum(one["examples"] for one in scores.result["test"].values())
-    return 100 * math.sqrt(2 * mean * (1 - mean) / count)
+    """Of the mean over the tasks of the test accuracies, in points.
+
+    Every task counts as one, however many texts it has; those of two models count as independent,
+    which two related ones are not: their difference is known better. The share of right answers is
+    drawn to one half by an answer of each kind, so that few texts, all right, do not look certain.
+    """
+    variances = []
+    for one in scores.result["test"].values():
+        count = float(one["examples"])
+        right = (count * one["accuracy"] + 1) / (count + 2)
+        variances.append(right * (1 - right) / count)
+    return 100 * math.sqrt(sum(variances)) / len(variances)
 
 
 def _best(found: Mapping[str, Done], seed: int, what: str) -> str:
@@ -125,14 +146,19 @@ def _difference(
     row = _row(claim, about, [y - x for x, y in zip(a, b, strict=True)])
     mean = row["mean"]
     if len(a) == 1:
-        holds = True if mean > 2 * error else False if mean <= 0 else None
+        holds = _verdict(mean - 2 * error, mean + 2 * error)
         said = f"{mean:+.1f}, one seed; the test texts alone give ± {error:.1f}"
         return row | {"holds": holds, "said": said}
     test = paired(a, b)
-    holds = True if test.low > 0 else False if mean <= 0 else None
+    holds = _verdict(test.low, test.high)
     spread = f"{test.low:+.1f} to {test.high:+.1f}" if math.isfinite(test.low) else "unknown"
     said = f"{mean:+.1f} (95% interval {spread}, {len(a)} seeds)"
     return row | {"low": test.low, "high": test.high, "holds": holds, "said": said}
+
+
+def _verdict(low: float, high: float) -> bool | None:
+    """Of a difference that lies between the two; NaN for an end that is not known."""
+    return True if low > 0 else False if high < 0 else None
 
 
 def _share(

@@ -22,12 +22,13 @@ from steppe.launch import outputs
 from steppe.launch.compare import folders
 from steppe.launch.progress import Line
 from steppe.launch.tour import shipped, stages, table
-from steppe.launch.tour.graph import Graph, Stage
+from steppe.launch.tour.graph import STAGES, Graph, Stage, alone
 from steppe.launch.tour.settings import TourConfig
-from steppe.launch.tour.world import World
+from steppe.launch.tour.world import World, few
 from steppe.train import loop
 
 RESULT, PAGE, PROGRAMS = "tour.json", "report.html", "programs"
+NEEDED = ("config", "tasks", "rows", "claims", "notes", "export", "seconds", "hashes")
 # What only a tour's settings have, all of them.
 MARKS = {"tasks", "elsewhere", "rounding", "student_epochs"}
 
@@ -53,6 +54,8 @@ def run(config: TourConfig, command: Sequence[str] = ()) -> dict[str, Any]:
     begin = time.perf_counter()
     left = sum(graph.done(stage.name) is None for stage in graph.stages)
     said.print(f"{left} of {len(graph.stages)} stages are left; {out}", highlight=False)
+    for warning in few(world.tasks):
+        said.print(f"warning: {warning}", highlight=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def around(stage: Stage, number: int, total: int) -> Iterator[None]:
@@ -69,7 +72,7 @@ def run(config: TourConfig, command: Sequence[str] = ()) -> dict[str, Any]:
         said.print(f"{place}: {seconds:.0f} s", highlight=False, soft_wrap=True)
 
     try:
-        with folders.terminable(), programs(out):
+        with folders.terminable(), alone(out), programs(out):
             found = graph.run(around)
     except KeyboardInterrupt as stop:
         done = sum(graph.done(stage.name) is not None for stage in graph.stages)
@@ -99,6 +102,12 @@ def write(out: Path) -> Path:
     from steppe.launch.report.sharpness import finite
 
     found = outputs.read_json(out / RESULT)
+    lacking = [name for name in NEEDED if not isinstance(found, dict) or name not in found]
+    if lacking:
+        raise ValueError(
+            f"{out / RESULT} is damaged: it lacks {lacking[0]!r}; give the tour's command again, "
+            "which writes it from the finished stages"
+        )
     outputs.write_text(out / PAGE, touring.render(finite(found)))
     console = Console()
     console.print(table.terminal(found))
@@ -126,6 +135,8 @@ def check(out: Path) -> None:
         values = json.loads((out / folders.CONFIG).read_text("utf-8"))
     except (OSError, ValueError):
         values = None
+        if (out / STAGES).is_dir():
+            return  # a tour, whose settings are written again
     if not isinstance(values, dict) or not values.keys() >= MARKS:
         raise FileExistsError(
             f"{out} holds something else ({held[0]}), and no tour; choose a new --out"

@@ -2,8 +2,9 @@
 
   hash = sha256(name, settings, versions of what makes it, hashes of the stages it needs)
 
-OUT/stages/NAME-HASH/stage.json is written last, by one rename: a stage with that file is
-finished and is never touched again; without it, it starts over, or goes on where it can. A
+OUT/stages/NAME-HASH/stage.json is written last, by one rename: a stage with that file, and with
+every other file of the size that it says, is finished and is never touched again; without it, it
+starts over, or goes on where it can. A
 changed setting gives another hash to the stage and to all that depend on it, and to no other;
 what was there before stays, so that the old setting finds its results again.
 """
@@ -15,14 +16,14 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from steppe.launch import outputs
 
-STAGES, FILE = "stages", "stage.json"
+STAGES, FILE, LOCK = "stages", "stage.json", ".lock"
 LENGTH = 12
 Result: TypeAlias = dict[str, Any]
 
@@ -100,11 +101,16 @@ class Graph:
         return self.root / STAGES / f"{name.replace('/', '-')}-{self.hashes[name]}"
 
     def done(self, name: str) -> Done | None:
-        """A finished stage; None where it is not finished, or its file is damaged."""
+        """A finished stage; None where it is not finished, or a file of it is damaged."""
         folder = self.folder(name)
         try:
             found = json.loads((folder / FILE).read_text("utf-8"))
-            if found["hash"] == self.hashes[name]:
+            whole = (
+                found["hash"] == self.hashes[name]
+                and found["digest"] == digest(found["result"])
+                and found["files"] == sizes(folder)
+            )
+            if whole:
                 return Done(name, folder, found["result"], float(found["seconds"]))
         except (OSError, ValueError, KeyError, TypeError):
             pass
@@ -136,11 +142,13 @@ class Graph:
 
     def _work(self, stage: Stage, needed: Mapping[str, Done]) -> Done:
         folder = self.folder(stage.name)
-        if folder.exists() and not stage.resumes:
+        # One that was finished is damaged, or it would not be here: nothing of it is to be trusted.
+        if folder.exists() and (not stage.resumes or (folder / FILE).exists()):
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         begin = time.perf_counter()
-        result = stage.work(folder, needed)
+        # As it will be read the next time: lists for tuples, null for what is no number.
+        result = outputs.plain(stage.work(folder, needed))
         seconds = time.perf_counter() - begin
         file = folder / FILE
         outputs.write_json(
@@ -151,11 +159,41 @@ class Graph:
                 "settings": stage.settings,
                 "needs": {name: self.hashes[name] for name in stage.needs},
                 "seconds": seconds,
+                "files": sizes(folder),
+                "digest": digest(result),
                 "result": result,
             },
         )
-        # As it will be read the next time: lists for tuples, null for what is no number.
-        return Done(stage.name, folder, json.loads(file.read_text("utf-8"))["result"], seconds)
+        return Done(stage.name, folder, result, seconds)
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file of a stage but its own record."""
+    files = [f for f in sorted(folder.rglob("*")) if f.is_file() and f != folder / FILE]
+    return {f.relative_to(folder).as_posix(): f.stat().st_size for f in files}
+
+
+@contextlib.contextmanager
+def alone(root: Path) -> Iterator[None]:
+    """Holds a run folder for this process until the block, or the process, ends.
+
+    Raises:
+      BlockingIOError: another process works in it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # a system without locks of this kind
+        yield
+        return
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / LOCK).open("w") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(
+                f"another process works in {root}; wait for it, or choose another --out"
+            ) from None
+        yield
 
 
 def digest(value: Any) -> str:

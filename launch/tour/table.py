@@ -15,7 +15,7 @@ from steppe.launch.tour import claims
 from steppe.launch.tour.graph import Done, Graph
 from steppe.launch.tour.settings import TourConfig
 from steppe.launch.tour.stages import OTHER, named, slugs
-from steppe.launch.tour.world import World
+from steppe.launch.tour.world import World, few
 
 
 def summary(
@@ -53,7 +53,7 @@ def summary(
         "crossed": {o: found[f"{first}/scores/{o}"].result["crossed"] for o in config.optimisers},
         "surface": found[f"{first}/surface"].result if config.grid else None,
         "mask": next((one["mask"] for one in merges.values() if one.get("mask")), None),
-        "notes": notes(config, found),
+        "notes": [*few(world.tasks), *notes(config, found)],
         "export": found[f"{first}/export"].result,
         "seconds": {"total": sum(seconds.values()), "stages": seconds},
         "hashes": graph.hashes,

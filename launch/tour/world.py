@@ -32,6 +32,8 @@ Told: TypeAlias = Callable[[str, int, int], None]
 # task -> model and parameters
 Served: TypeAlias = Mapping[str, tuple[Model, Params]]
 Metrics: TypeAlias = dict[str, float]
+# Of a split; fewer decide nothing, and a choice or a claim that they make is chance.
+FEW = 20
 KEPT = ("examples", "accuracy", "f1_macro", "loss", "ece", "brier")
 MODEL = "model"
 
@@ -65,6 +67,8 @@ class World:
             name: self._open(name, self.settings[address], records[address])
             for name, address in zip(config.names, config.tasks, strict=True)
         }
+        for task in self.tasks.values():
+            _check_task(task)
         self.further: dict[str, dict[str, Task]] = {name: {} for name in self.tasks}
         for address in config.further:
             self._open_further(address, records[address])
@@ -199,6 +203,27 @@ class World:
                 tree.same_structure(mixed, model.abstract(), (f"the head of {name}", "it"))
                 found[trunk][name] = task.score(model, mixed, "test")["accuracy"]
         return found
+
+
+def _check_task(task: Task) -> None:
+    """What would end the run hours later, at the student: its head names columns TASK/CLASS."""
+    wrong = [n for n in (task.name, *task.description.label_names) if joined.BETWEEN in n]
+    if wrong:
+        raise ValueError(
+            f"{task.data.source}: {wrong[0]!r} has a {joined.BETWEEN!r}, which stands between task "
+            "and class in the student's head; rename the class"
+        )
+
+
+def few(tasks: Mapping[str, Task]) -> list[str]:
+    """Warnings of splits that are too small to decide anything."""
+    out = []
+    for name, task in tasks.items():
+        small = {s: len(d) for s, d in task.splits.items() if len(d) < FEW}
+        if small:
+            said = ", ".join(f"{count} {split}" for split, count in small.items())
+            out.append(f"{name} has {said} texts: what they decide is chance")
+    return out
 
 
 def pinned(name: str) -> str:

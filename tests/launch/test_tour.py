@@ -228,6 +228,63 @@ def test_choices_are_made_on_the_validation_split(done):
     assert {name: crossed[name][name] for name in crossed} == rows[optimiser]["tasks"]
 
 
+def test_what_is_handed_out_is_evaluated_task_by_task(done, capsys):
+    config, _, found, out = done
+    sources = dict(zip(config.names, config.tasks, strict=True))
+    small = {row["key"]: row for row in found["rows"]}
+    rounded = found["export"]["rounded"].rpartition("/")[2]
+    for folder, key in (("student", "student"), ("model", rounded)):
+        for name, source in sources.items():
+            given = ["evaluate", str(out / folder), "--data.source", source, "--split", "test"]
+            given += ["--data.max-length=8", "--data.eval-limit=12"]
+            assert cli.main(given) == 0
+            said = capsys.readouterr().out
+            assert f"{small[key]['tasks'][name]:,.4f}" in said, (folder, name, said)
+    given = ["evaluate", str(out / "student"), "--data.source", sources["movies"]]
+    assert cli.main([*given, "--task", "plays"]) == 2
+    assert "no head for 'plays'; there are movies, news" in capsys.readouterr().err
+    assert cli.main([*given, "--task", "news"]) == 2  # the classes of movies are not news's
+    assert cli.main([*given, "--data.label", "text"]) == 2
+    assert "answers several tasks (movies: " in capsys.readouterr().err
+
+
+def test_damaged_stages_are_run_again(done, tmp_path):
+    """A file that is cut, a file that is gone, a record that says something else."""
+    import shutil
+
+    config, _, _, out = done
+    copied = tmp_path / "tour"
+    shutil.copytree(out, copied)
+    made = stages.graph(dataclasses.replace(config, out=str(copied)), World(config))
+    held = {stage.name: made.done(stage.name) for stage in made.stages}
+    assert None not in held.values()
+    merge = next(name for name in held if name.startswith("0/merge/"))
+    weights = next(made.folder(merge).rglob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1])
+    shutil.rmtree(made.folder("0/export") / "packed")
+    record = made.folder("0/costs") / graph.FILE
+    for result in (None, {}):
+        record.write_text(json.dumps({**json.loads(record.read_text()), "result": result}))
+        left = {name for name in held if made.done(name) is None}
+        assert left == {merge, "0/export", "0/costs"}
+    (copied / "tour.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tour.json is damaged: it lacks 'config'; give the"):
+        command.write(copied)
+    (copied / "config.json").write_text("{")
+    command.check(copied)  # still a tour: its settings are written again
+
+
+def test_two_at_once_do_not_share_a_folder(tmp_path):
+    with (
+        graph.alone(tmp_path / "out"),
+        pytest.raises(BlockingIOError, match="another process works in .*choose another --out"),
+        graph.alone(tmp_path / "out"),
+    ):
+        pass
+    with graph.alone(tmp_path / "out"):
+        pass
+
+
 def test_the_page_is_whole(done):
     _, _, found, out = done
     page = (out / "report.html").read_text()
@@ -331,6 +388,8 @@ def test_dry_run(done, tmp_path, capsys):
         (["--tasks", "file:/nowhere/a.csv", "file:/nowhere/b.csv"], "nowhere"),
         (["--out", "{here}"], "holds something else"),
         (["--elsewhere", "{elsewhere}"], "are those of no task"),
+        (["--tasks", "movies.csv", "news.csv"], "such as file:movies.csv or asset:"),
+        (["--tasks", "{slash}", "{elsewhere}"], "'a/b' has a '/'"),
     ],
 )
 def test_mistakes(world, options, said, tmp_path, capsys):
@@ -338,7 +397,12 @@ def test_mistakes(world, options, said, tmp_path, capsys):
     write_lines(
         tmp_path / "x.jsonl", [{"id": str(n), "text": "a", "label": f"l{n}"} for n in range(60)]
     )
+    write_lines(
+        tmp_path / "slash.jsonl",
+        [{"id": str(n), "text": "a", "label": ("a/b", "c")[n % 2]} for n in range(60)],
+    )
     places = {"{here}": str(tmp_path), "{elsewhere}": f"file:{tmp_path / 'x.jsonl'}"}
+    places["{slash}"] = f"file:{tmp_path / 'slash.jsonl'}"
     options = [places.get(word, word) for word in options]
     base = {
         "--model": [world.model],
@@ -355,7 +419,11 @@ def test_mistakes(world, options, said, tmp_path, capsys):
     message = capsys.readouterr().err
     assert said in message
     assert message.count("\n") == 1
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["mine.txt", "x.jsonl"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "mine.txt",
+        "slash.jsonl",
+        "x.jsonl",
+    ]
 
 
 def test_the_longer_version():

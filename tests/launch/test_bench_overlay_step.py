@@ -1,0 +1,78 @@
+"""``steppe bench overlay-step`` on a tiny encoder: the sides begin alike, rows hold ratios."""
+
+import dataclasses
+import json
+import os
+
+import pytest
+from rich.console import Console
+
+from steppe.launch.bench import harness, overlay_sides, overlay_step
+from steppe.launch.bench.overlay_sides import NEUTRAL, OVERLAYS
+from steppe.launch.bench.shapes import TINY, export
+
+pytestmark = pytest.mark.slow
+SHORT = harness.Protocol(warmup=0, rounds=2, steps=1)
+# Wide enough for the bottlenecks of adapters, which are a share of the width.
+SMALL = dataclasses.replace(TINY, width=128)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return export(tmp_path_factory.mktemp("bench") / "m", SMALL)
+
+
+def test_every_overlay_takes_steps_and_the_neutral_ones_begin_as_the_base(folder):
+    given = {"directory": str(folder), "batch": 4, "length": 16}
+    full = overlay_sides.Steppe("full", **given)
+    (first,) = full.losses(1)
+    for name in OVERLAYS:
+        side = overlay_sides.Steppe(name, **given)
+        loss, second = side.losses(2)
+        if name in NEUTRAL:
+            assert loss == pytest.approx(first, rel=1e-6), name
+        assert 0 < second < 5
+        assert (side.trained() < full.trained() / 2) == (name != "full"), name
+        assert side.compiles() == 1
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_peft_begins_at_the_same_loss_and_rows_hold_ratios(tmp_path):
+    pytest.importorskip("peft")
+    config = overlay_step.OverlayStepBench(
+        shapes=TINY,
+        batch=4,
+        length=16,
+        protocol=SHORT,
+        overlays=("ia3", "lpt", "prompt"),
+        threads=1,
+        out=tmp_path / "r.json",
+    )
+    result = overlay_step.run(config, lambda line: None)
+    names = ["full", "torch full", "ia3", "peft ia3", "lpt", "prompt", "peft prompt"]
+    assert list(result["rows"]) == [*names, "lpt, to prompt"]
+    row = result["rows"]["peft ia3"]
+    assert row["against"] == "ia3"
+    pairs = [a / b for a, b in zip(row["seconds"], row["base_seconds"], strict=True)]
+    assert row["ratio"]["low"] == min(pairs)
+    # (IA)^3 and its head are of the same size on both sides.
+    assert row["trained"] == result["rows"]["ia3"]["trained"]
+    assert json.loads((tmp_path / "r.json").read_text()) == result
+    console = Console(width=160, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(overlay_step.table(result))
+    console.file.close()
+    assert "lpt, to prompt" in console.export_text()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"overlays": ("lore",)}, "unknown overlay 'lore'; known: full, lora"),
+        ({"length": 503}, "length must be at most 502, which leaves room for a prompt of 10"),
+        ({"batch": 0}, "batch must be >= 1, got 0"),
+    ],
+)
+def test_settings_out_of_range(given, said):
+    with pytest.raises(ValueError, match=said):
+        overlay_step.OverlayStepBench(**given)
