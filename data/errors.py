@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -34,6 +35,18 @@ def listing(items: Iterable[Any], limit: int = 12) -> str:
         return "none"
     rest = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """How a message about an unknown name goes on: ``; did you mean 'x'?``, or not at all."""
+    found = difflib.get_close_matches(name, list(known), 1)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> str:
+    """The message about an unknown name: the nearest one, and all that are known."""
+    names = list(known)
+    return f"unknown {what} {name!r}{near(name, names)} (known: {', '.join(names)})"
 
 
 def shorten(value: Any, limit: int = 60) -> str:

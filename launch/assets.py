@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from steppe.launch import prose
+
 CONSENT = "--accept-licence"
 USAGE = f"""\
 usage: steppe assets list              what there is, its licence, and what is in the cache
@@ -46,27 +48,20 @@ def main(args: list[str]) -> int:
 
 
 def _list() -> int:
-    from rich.console import Console
-    from rich.table import Table
-
     from steppe.data import assets
 
     known = assets.list()
-    table = Table(box=None, header_style="bold")
-    # Names are typed into other commands: they keep their width, the others wrap.
-    table.add_column("name", no_wrap=True, min_width=max(len(asset.name) for asset in known))
-    for column in ("what", "MB", "from", "licence", "consent", "here"):
-        table.add_column(column, overflow="fold")
+    wide = max(len(asset.name) for asset in known) + 2
     for asset in known:
         try:
-            here = "yes" if assets.path(asset.name) else ""
+            here = assets.path(asset.name).is_dir()
         except assets.AssetMissing:
-            here = ""
-        size = f"{asset.download_size / 1e6:.1f}"
-        consent = "opt-in" if asset.opt_in else ""
-        row = (asset.name, asset.description, size, asset.kind, asset.licence, consent, here)
-        table.add_row(*map(_plain, row))
-    Console().print(table)
+            here = False
+        marks = [asset.kind, *["opt-in"] * asset.opt_in, *["in the cache"] * here]
+        size = f"{asset.download_size / 1e6:.1f} MB".rjust(9)
+        print(f"{asset.name.ljust(wide)}{size}  {', '.join(marks)}")
+        print(prose.fill(asset.description, "    "))
+        print(prose.fill(f"licence: {asset.licence}", "    "))
     return 0
 
 

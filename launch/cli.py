@@ -14,41 +14,10 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-USAGE = """\
-usage: steppe COMMAND [options]      (steppe COMMAND --help lists the options)
+from steppe.data import errors
+from steppe.launch import options, usage
 
-  tour                all of it on real tasks: flat, merged, distilled, quantized, with a page
-  finetune [RECIPE]   fine-tune a pretrained model, evaluate, report, export
-  distill [RECIPE]    a student learns from a teacher, evaluate both, report, export
-  quantize MODEL      a model as integers by several methods, with what each costs
-  compare [RECIPE]    sharpness methods or overlays x seeds x sizes x sources, or merging methods
-                      x seeds: one table with a paired test
-  merge METHOD BASE MODEL ...
-                      several fine-tunes of one base as one model, with a table
-  blackbox            a prompt for a frozen model from forward passes alone (BBT, BBTv2)
-  continual           several tasks one after the other: sequential LoRA, O-LoRA, replay, and
-                      what is left of each task
-  evaluate MODEL      evaluate a run or an exported model on any data
-  generate MODEL      texts for one prompt or a file of them
-  chat MODEL          talk to a model
-  assets              list, fetch or check real models and data sets
-  report RUN          write the report of a run folder again
-  plan MODEL|RECIPE --on v5p-128
-                      memory, collectives and time of a step on devices that are not here
-  sharpness RUN       how sharp the loss is around a run's model, drawn and in numbers
-  overlays list       the parameter-efficient methods of finetune --overlay
-  launch OPTIONS COMMAND ...
-                      finetune or distill as several processes of this host
-  submit --to WHERE -- COMMAND ...
-                      the job for slurm, jobset, tpu-vm, skypilot or xpk; --apply hands it in
-  papers [NAME]       the systems that steppe implements
-  doctor              what this machine has, what will not work on it, and the cure
-  completion SHELL    a script that completes commands and options in bash, zsh or fish
-  bench NAME          benchmarks: finetune, sharpness, merge, distill, generate, ...
-  --version           print the versions that matter
-
-recipes: {recipes}; distill: {distillations}; compare: {comparisons}
-"""
+_parse, _unknown = options.parse, errors.unknown
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -155,12 +124,12 @@ def _dispatch(args: list[str]) -> int:
         from steppe.launch.distill.recipes import RECIPES as DISTILLATIONS
         from steppe.launch.recipes import COMPARISONS, RECIPES
 
-        names = {
-            "recipes": ", ".join(RECIPES),
-            "distillations": ", ".join(DISTILLATIONS),
-            "comparisons": ", ".join(COMPARISONS),
+        named: dict[str, Mapping[str, Any]] = {
+            "finetune": RECIPES,
+            "distill": DISTILLATIONS,
+            "compare": COMPARISONS,
         }
-        print(USAGE.format(**names), end="")
+        print(usage.show(named))
         return 0 if args else 2
     if args[0] == "--version":
         from steppe.launch.machine import versions
@@ -171,43 +140,6 @@ def _dispatch(args: list[str]) -> int:
     if command is None:
         raise ValueError(_unknown("command", args[0], commands))
     return command(args[1:])
-
-
-def _unknown(what: str, name: str, known: Any) -> str:
-    import difflib
-
-    near = difflib.get_close_matches(name, list(known), 1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"unknown {what} {name!r}{hint} (known: {', '.join(known)})"
-
-
-def _parse(kind: Any, args: list[str], prog: str, default: Any = None) -> Any:
-    import contextlib
-    import io
-    import re
-
-    import tyro
-
-    options: dict[str, Any] = {} if default is None else {"default": default}
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(kind, args=args, prog=f"steppe {prog}", **options)
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        # The parser draws a box of several lines; a mistake gets one line here.
-        lines = [
-            re.sub(r"[^\w\s\-.,:;'\"=()\[\]{}/|<>+*]", "", x) for x in said.getvalue().split("\n")
-        ]
-        words = " ".join(" ".join(x.strip(" |-") for x in lines).split())
-        words = re.sub(
-            r"^(Parsing error|Unrecognized options|Value error|Required options)\s+", "", words
-        )
-        words = re.sub(r"^(Invalid choice|Missing argument)\s+(?=invalid|Missing)", "", words)
-        words = re.sub(r"^Error parsing (\w+: )?", "", words)
-        words = re.split(r" For full helptext| Argument helptext", words)[0].rstrip(". ")
-        raise ValueError(f"{words}; `steppe {prog} --help` lists the options") from None
 
 
 def settings(command: str, args: list[str]) -> Any:
@@ -471,9 +403,9 @@ def _submit(args: list[str]) -> int:
 
 
 def _papers(args: list[str]) -> int:
-    from steppe.launch import papers
+    from steppe.launch import systems
 
-    return papers.main(args)
+    return systems.main(args)
 
 
 def _doctor(args: list[str]) -> int:

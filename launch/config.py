@@ -143,7 +143,9 @@ class FinetuneConfig:
     Attributes:
       model: model folder, file of weights (``.onnx``, ``.gguf``, ``.bin``), or ``asset:NAME``.
       out: run folder; empty = runs/ and a name made of data and model.
-      data, optim, lora: see there.
+      data: where examples come from and what they mean.
+      optim: AdamW and its schedule.
+      lora: a LoRA overlay in place of full fine-tuning; rank 0 = none.
       overlay: parameter-efficient methods in place of full fine-tuning, ``NAME`` or
         ``NAME:SETTING=VALUE,...``, see ``steppe overlays list``; several are composed.
       sharpness: sharpness-aware method around AdamW, see ``steppe.optim``; most take two
@@ -192,7 +194,7 @@ class FinetuneConfig:
       spike_window, spike_rollbacks: steps that the median is of; rollbacks before it is an error.
       profile: steps to trace, ``10:13`` for 10 to 12, into ``RUN/profile``; empty = none.
       resume: continue the run in ``out``.
-      dry_run: print the resolved config, parameter count, memory and FLOPs, and stop.
+      dry_run: print parameter count, memory and FLOPs, and stop.
     """
 
     model: str = "asset:minilm-l6"
@@ -426,6 +428,8 @@ def parse_mesh(text: str, devices: int) -> dict[str, int]:
         name, _, size = part.partition("=")
         if not name.strip() or not size.strip().isdigit() or int(size) < 1:
             raise ValueError(f"mesh must look like data=4,model=2, got {text!r}")
+        if name.strip() in axes:
+            raise ValueError(f"mesh has the axis {name.strip()!r} twice in {text!r}")
         axes[name.strip()] = int(size)
     return axes
 

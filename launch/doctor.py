@@ -7,6 +7,7 @@ makes the exit status 1. Nothing is changed or fetched.
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import re
 import shutil
@@ -107,7 +108,7 @@ def _packages() -> Iterator[Look]:
     for package in required():
         try:
             if package in IMPORTED:
-                importlib.import_module(IMPORTED[package])
+                _import(IMPORTED[package])
             present.append(f"{package} {metadata.version(package)}")
         except metadata.PackageNotFoundError:
             yield Look(package, "not installed", "broken", install)
@@ -119,6 +120,16 @@ def _packages() -> Iterator[Look]:
             yield Look(package, metadata.version(package))
         except metadata.PackageNotFoundError:
             yield Look(package, "not installed", "note", f"for {what}: {how}")
+
+
+def _import(name: str) -> None:
+    """Imports without what packages log meanwhile: that PyTorch is absent has a line of its own."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        importlib.import_module(name)
+    finally:
+        logging.disable(before)
 
 
 def required() -> tuple[str, ...]:

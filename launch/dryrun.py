@@ -1,25 +1,24 @@
-"""``steppe finetune --dry-run``: the resolved settings and what the run would need."""
+"""``steppe finetune --dry-run``: what the run would need."""
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
 import jax
 
-from steppe.launch import config as config_
 from steppe.launch import estimate, optimiser
 from steppe.launch.pieces import Pieces
 from steppe.train import step
 
 
 def show(pieces: Pieces) -> dict[str, Any]:
-    """Prints the settings, parameter count, memory per device and FLOPs of a step.
+    """Prints model, data, parameter count, memory per device and FLOPs of a step.
 
     The largest shape of batch counts. Nothing is written and no state is allocated.
     """
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     config = pieces.config
@@ -51,8 +50,9 @@ def show(pieces: Pieces) -> dict[str, Any]:
     found["shapes"] = sorted(pieces.batches.shapes)
 
     console = Console()
-    console.print_json(json.dumps(config_.to_dict(config)))
     table = Table(box=None, show_header=False)
+    for name, address in (("model", config.model), ("data", config.data.source)):
+        table.add_row(name, escape(address))
     table.add_row("optimiser", optimiser.describe(config))
     table.add_row("parameters", f"{found['parameters']:,}")
     table.add_row("trainable", f"{found['trainable']:,}")

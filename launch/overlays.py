@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from steppe.launch import setup
+from steppe.launch import prose, setup
 from steppe.models import pretrained, tree
 from steppe.models.heads import HeadConfig
 from steppe.models.overlays import (
@@ -297,7 +297,7 @@ def load(folder: Path, dtype: Any = "float32") -> pretrained.Loaded:
 
 
 def show() -> str:
-    """A line an overlay: what it is, and its settings."""
+    """Every overlay: what it is and, below, its settings."""
     lines = []
     for name, make in KNOWN.items():
         module = inspect.getmodule(getattr(make, "func", make))
@@ -305,7 +305,8 @@ def show() -> str:
             module = prefix_fixed
         about = (inspect.getdoc(module) or "").split("\n")[0]
         settings = ", ".join(f"{k}={_shown(v)}" for k, v in settings_of(name).items())
-        lines.append(f"{name:16} {about}\n{'':16} {settings or 'no settings'}")
+        lines.append(prose.fill(about, f"{name:16} "))
+        lines.append(prose.fill(settings or "no settings", " " * 17))
     return "\n".join(lines)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 from dataclasses import dataclass
 
 
@@ -233,37 +231,3 @@ PAPERS = (
         "steppe quantize RUN --bits w4a8 --method zsaq --out OUT",
     ),
 )
-
-
-def main(args: list[str]) -> int:
-    """Lists all, or shows one: equations, reference, deviations, defaults and the command."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    if not args:
-        table = Table("name", "system", "command", box=None, header_style="bold")
-        for paper in PAPERS:
-            table.add_row(paper.name, paper.title, paper.command)
-        console.print(table)
-        return 0
-    if args[0] in ("-h", "--help"):
-        console.print("usage: steppe papers [NAME]")
-        return 0
-    found = {paper.name: paper for paper in PAPERS}
-    if args[0] not in found:
-        raise ValueError(f"unknown system {args[0]!r} (known: {', '.join(found)})")
-    paper = found[args[0]]
-    module_name, _, attribute = paper.function.rpartition(".")
-    module = importlib.import_module(module_name)
-    console.print(f"[bold]{paper.title}[/bold]\n")
-    console.print(inspect.getdoc(module), markup=False, highlight=False)
-    signature = inspect.signature(getattr(module, attribute))
-    settings = [
-        p.name if p.default is p.empty else f"{p.name}={p.default!r}"
-        for p in signature.parameters.values()
-    ]
-    console.print(f"\n{paper.function}({', '.join(settings)})", markup=False)
-    if paper.command:
-        console.print(f"\nsee it run: {paper.command}", markup=False)
-    return 0

@@ -152,7 +152,7 @@ def build(
         loaded,
         model,
         overlay,
-        probe.TRAINABLE if config.probe else _trainable(model, config.freeze, loaded),
+        probe.TRAINABLE if config.probe else trainable(model, config.freeze),
         data,
         plan,
         tx,
@@ -259,14 +259,24 @@ def _check_batch(config: FinetuneConfig, plan: mesh.MeshPlan) -> None:
         )
 
 
-def _trainable(model: Any, freeze: tuple[str, ...], loaded: pretrained.Loaded) -> tuple[str, ...]:
-    """The model's patterns, less the paths that ``freeze`` matches."""
+def trainable(model: Any, freeze: tuple[str, ...]) -> tuple[str, ...]:
+    """The model's patterns, less the paths that ``freeze`` matches.
+
+    Raises:
+      ValueError: a pattern that is none or matches nothing; nothing is left to train.
+    """
     if not freeze:
         return tuple(model.trainable)
     paths = tree.paths(model.abstract())
     for pattern in freeze:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"freeze={pattern!r} is no regular expression ({error}); embed/.* is one"
+            ) from error
         if not any(tree.matches(path, (pattern,)) for path in paths):
-            some = ", ".join(tree.paths(loaded.params)[:3])
+            some = ", ".join(paths[:3])
             raise ValueError(f"freeze={pattern!r} matches no parameter; paths look like {some}")
     live = [p for p in paths if tree.matches(p, model.trainable) and not tree.matches(p, freeze)]
     if not live:

@@ -32,6 +32,8 @@ import jax
 import jax.numpy as jnp
 
 from steppe.models import tree
+from steppe.train import damage
+from steppe.train.damage import CheckpointError, Damaged
 from steppe.train.types import TrainState
 
 MANIFEST = "manifest.json"
@@ -41,14 +43,6 @@ COMMITTED = "_CHECKPOINT_METADATA"
 PARTIAL = ".orbax-checkpoint-tmp"
 DELETING = ".deleting-"
 ASIDE = ".damaged"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used here; the message says why and what to do."""
-
-
-class Damaged(CheckpointError):
-    """A checkpoint that does not hold what was written, or cannot be read at all."""
 
 
 class SaveFailed(OSError):
@@ -198,25 +192,28 @@ class Checkpoints:
             try:
                 return self._read(like, newest)
             except Damaged as error:
-                # Several processes might not agree about what they can read.
-                if newest == there[0] or jax.process_count() > 1:
+                if newest == there[0]:
                     raise
                 aside = self.directory / f"{newest}{ASIDE}"
-                shutil.rmtree(aside, ignore_errors=True)
-                (self.directory / str(newest)).rename(aside)
-                warnings.warn(f"{error}; it is now {aside.name}", stacklevel=2)
+                if jax.process_index() == 0:
+                    shutil.rmtree(aside, ignore_errors=True)
+                    (self.directory / str(newest)).rename(aside)
+                    warnings.warn(f"{error}; it is now {aside.name}", stacklevel=2)
         raise AssertionError("unreachable")
 
     def _read(self, like: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
         leaves = _stored(like)
         file = self.directory / str(step)
-        with _readable(file):
+
+        def metadata() -> tuple[Any, ...]:
             meta = dict(_orbax().metadata(file, checkpointable_name="state").custom_metadata)
-            layout, base, data = meta["layout"], meta["base"], meta["data"]
             # Those of older versions have neither.
             seal, content = meta.pop("seal", None), meta.get("content")
             if seal is not None and seal != _seal(meta):
                 raise ValueError("its metadata are not those that were written")
+            return meta["layout"], meta["base"], meta["data"], content
+
+        layout, base, data, content = damage.together(metadata, file)
         for path in (*leaves, *layout):
             want = _describe(leaves[path]) if path in leaves else "nothing"
             if layout.get(path, "nothing") != want:
@@ -231,8 +228,11 @@ class Checkpoints:
                 f"{self._fingerprint(like.frozen)!r}): load the same base to resume"
             )
         abstract = {p: _abstract(leaf) for p, leaf in leaves.items() if math.prod(leaf.shape)}
-        with _readable(file):
-            found = _orbax().load(file, abstract, checkpointable_name="state")
+        found = damage.together(
+            lambda: _orbax().load(file, abstract, checkpointable_name="state"), file
+        )
+        # All processes compute it together, and find the same.
+        with damage.readable(file):
             if content is not None and content != _hash_of(found):
                 raise ValueError("its arrays are not those that were written")
         return _unstored(like, found), data
@@ -278,7 +278,7 @@ class Checkpoints:
             left = "no earlier one exists" if self.latest is None else f"step {self.latest} stands"
             raise SaveFailed(
                 f"checkpoint {step} could not be written to {self.directory}; {left}. Free some "
-                f"space and resume ({_one_line(error)})"
+                f"space and resume ({damage.one_line(error)})"
             ) from error
 
     def _fingerprint(self, frozen: Any) -> str:
@@ -409,16 +409,6 @@ class _Quiet(logging.Filter):
         return f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
-@contextlib.contextmanager
-def _readable(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        raise Damaged(
-            f"checkpoint {file} is damaged and cannot be used ({_one_line(error)})"
-        ) from error
-
-
 def _is_key(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
@@ -475,7 +465,3 @@ def _remove(folder: Path) -> None:
     with contextlib.suppress(OSError):
         folder.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

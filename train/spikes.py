@@ -165,10 +165,16 @@ class Spikes:
         return self._skip
 
     def rewind(self, state: Mapping[str, Any], skip: int) -> None:
-        """Puts the batches to their state at the anchor and leaves out the next ``skip``."""
+        """Puts the batches to their state at the anchor and leaves out the next ``skip``.
+
+        What was known of the steps then is known again: those since may be more than the window
+        holds, and without a median nothing would be a spike.
+        """
+        own = state.get(STATE) or {}
+        if "history" in own:
+            self._history = [(int(s), float(a), float(b)) for s, a, b in own["history"]]
         self._inner(state)
-        for _ in range(skip):
-            next(self._batches)
+        skip_over(self._batches, skip)
 
     def rows(self) -> list[dict[str, float]]:
         """What the log has behind the anchor: the rollbacks to it."""
@@ -176,3 +182,13 @@ class Spikes:
 
     def _inner(self, state: Mapping[str, Any]) -> None:
         self._batches.set_state({k: v for k, v in state.items() if k != STATE})
+
+
+def skip_over(batches: Any, count: int) -> None:
+    """Leaves out the next batches; those that carry something of their step do not count them."""
+    own = getattr(batches, "skip", None)
+    if own is not None:
+        own(count)
+        return
+    for _ in range(count):
+        next(batches)

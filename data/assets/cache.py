@@ -20,7 +20,7 @@ from pathlib import Path
 from steppe.data.assets import archives, clients
 from steppe.data.assets.build import Downloads, build
 from steppe.data.assets.catalogue import CATALOGUE, Asset, File
-from steppe.data.errors import AssetError, AssetMissing, listing
+from steppe.data.errors import AssetError, AssetMissing, unknown
 
 Progress = Callable[[str], None]
 
@@ -41,10 +41,10 @@ def get(name: str, catalogue: Mapping[str, Asset] = CATALOGUE) -> Asset:
     """The catalogue's entry.
 
     Raises:
-      AssetError: unknown name; the message lists the known ones.
+      AssetError: unknown name; the message suggests one and lists the known ones.
     """
     if name not in catalogue:
-        raise AssetError(f"unknown asset {name!r}; known: {listing(sorted(catalogue), 50)}")
+        raise AssetError(unknown("asset", name, sorted(catalogue)))
     return catalogue[name]
 
 

@@ -42,14 +42,15 @@ def main(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if argv else 2
-    name, *options = argv
+    name, *words = argv
     if name not in BENCHES:
         raise ValueError(f"unknown benchmark {name!r}; known: {', '.join(BENCHES)}")
-    import tyro
     from rich.console import Console
 
+    from steppe.launch import options
+
     module: Any = importlib.import_module(BENCHES[name][0])
-    config = tyro.cli(getattr(module, BENCHES[name][1]), args=options, prog=f"steppe bench {name}")
+    config = options.parse(getattr(module, BENCHES[name][1]), words, f"bench {name}")
     console = Console()
 
     def say(line: str) -> None:

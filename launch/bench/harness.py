@@ -152,7 +152,7 @@ def same_losses(a: Sequence[float], b: Sequence[float], tolerance: float = 1e-4)
         difference = abs(x - y) / max(abs(x), abs(y), 1e-12)
         if difference > worst:
             worst, at = difference, step
-    if worst > tolerance:
+    if not worst <= tolerance:  # nor where the tolerance is NaN
         raise Void(
             f"the losses differ by {worst:.2e} at step {at} ({a[at]:.7g} and {b[at]:.7g}), "
             f"more than {tolerance:g}; the comparison is void"

@@ -173,7 +173,7 @@ class Weighted:
         made = distill.with_alpha(batches, schedule)
         self.shapes = batches.shapes
         self._next = made.__next__
-        self.get_state, self.set_state = made.get_state, made.set_state
+        self.get_state, self.set_state, self.skip = made.get_state, made.set_state, made.skip
 
     def __iter__(self) -> Weighted:
         return self

@@ -7,7 +7,6 @@ models the parts of the KL by difficulty of the tokens and the exposure bias.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -182,11 +181,10 @@ def _described(made: Distilled) -> list[str]:
 
 
 def _dry(made: Distilled) -> dict[str, Any]:
-    """Prints the settings and what would be compared; nothing is written."""
+    """Prints what would be compared; nothing is written."""
     from rich.console import Console
 
     console = Console()
-    console.print_json(json.dumps(config_.to_dict(made.config)))
     for line in _described(made):
         console.print(line, highlight=False, soft_wrap=True)
     student, teacher = (tree.count(m.abstract()) for m in (made.student, made.teacher))

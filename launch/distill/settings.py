@@ -104,7 +104,8 @@ class DistillConfig:
         A width is of the hidden states; heads keep their size.
       how: which layers.
       out: run folder; empty = runs/ and a name made of data, student and scheme.
-      data, optim, lora: as in ``steppe finetune``; lora is the student's.
+      data, optim: as in ``steppe finetune``.
+      lora: a LoRA overlay of the student in place of full training; rank 0 = none.
       scheme: see ``steppe.launch.distill.schemes`` for what goes together.
       divergence: between the two distributions; None = the scheme's.
       policy: whose texts are learnt from; None = the scheme's.
@@ -129,14 +130,14 @@ class DistillConfig:
         are the teacher's.
       mix_with: mix_request: whose texts the other batches are.
       mask_share, mask_strategy: imperfect: tokens of an answer that are filled, and which.
-      capacity: replay: texts that are kept.
+      capacity: replay: texts that are kept; the policy adapts at every evaluation.
       prompt_tokens: lm: tokens of a text that are given, at most half of it.
       max_new_tokens, sample_temperature: of the texts that are written to learn from.
       epochs, steps, batch_size, microbatches, drop, freeze, ema, compute_dtype, mesh, seed,
         log_every, eval_every, save_every, keep, tensorboard, samples, sample_tokens, watchdog,
         spike_factor, spike_norm_factor, spike_window, spike_rollbacks, profile, resume: as in
-        ``steppe finetune``; replay adapts at every evaluation.
-      dry_run: print the resolved config and what is compared, and stop.
+        ``steppe finetune``.
+      dry_run: print what is compared, and stop.
     """
 
     teacher: str = ""

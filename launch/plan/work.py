@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from steppe.launch import config as config_
-from steppe.launch import estimate, kinds, optimiser, overlays
+from steppe.launch import estimate, kinds, optimiser, overlays, pieces
 from steppe.launch.plan import shapes
 from steppe.launch.plan.settings import PlanConfig
 from steppe.models import tree
@@ -189,6 +189,10 @@ def build(config: PlanConfig) -> Work:
         made = jax.eval_shape(model.init, jax.random.key(0))
         params = tree.merge(made, {BASE: params})
         trainable = tuple(model.trainable)
+    if config.probe:
+        raise ValueError("probe fits a head on features: there is no step to plan; leave it out")
+    if config.freeze:
+        trainable = pieces.trainable(model, config.freeze)
     objective = basic.for_task(model, "classification" if kind == "image" else kind)
     if config.teacher:
         model, params, trainable, objective = _distilled(config, kind, model, params, trainable)

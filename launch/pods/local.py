@@ -122,6 +122,7 @@ def environment(
         rank.COUNT: str(options.processes),
         rank.INDEX: str(index),
         rank.LAUNCHED: "1",
+        rank.PLATFORM: options.platform,
         # Ranks of one host need no door to the network.
         "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}",
     }

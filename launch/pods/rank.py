@@ -31,6 +31,8 @@ LOCAL, TIMEOUT = "STEPPE_LOCAL_DEVICES", "STEPPE_JOIN_TIMEOUT"
 # Set by ``steppe launch``, which tells the user itself why a run ended: to the file where the first
 # process leaves its own last words, so that they are not said twice.
 LAUNCHED = "STEPPE_LAUNCHED"
+# Set by it too: where the ranks were asked to compute.
+PLATFORM = "STEPPE_PLATFORM"
 # After this many seconds without a sign a process counts as dead.
 HEARTBEAT = 60
 # What jax's runtime and gloo say when another process is gone.
@@ -154,6 +156,12 @@ def join(environ: Mapping[str, str] = os.environ) -> Cluster | None:
         )
     finally:
         timer.cancel()
+    if environ.get(PLATFORM) == "gpu" and jax.default_backend() == "cpu":
+        raise ValueError(
+            "--platform gpu, but jax sees no GPU here (devices: "
+            f"{', '.join(sorted({d.device_kind for d in jax.local_devices()}))}): install "
+            "steppe[cuda13], or leave JAX_PLATFORMS unset"
+        )
     _joined = found
     return found
 

@@ -27,6 +27,12 @@ class Stopped(KeyboardInterrupt):
     status = codes.REQUEUE
 
 
+SAID = (
+    "stopped by SIGTERM while nothing was to be saved: give the same command again "
+    "(with --resume where the run folder is there)"
+)
+
+
 class Handler:
     """What SIGTERM calls: the first raises ``Stopped``, a second ends the process at once.
 
@@ -44,10 +50,7 @@ class Handler:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self.asked = True
-        raise Stopped(
-            "stopped by SIGTERM while nothing was to be saved: give the same command again "
-            "(with --resume where the run folder is there)"
-        )
+        raise Stopped(SAID)
 
 
 @contextlib.contextmanager
@@ -55,14 +58,21 @@ def requeued() -> Iterator[None]:
     """Turns SIGTERM into ``Stopped`` in the main thread; a second one ends the process at once.
 
     A process that joins others gives its SIGTERM to jax, which lets all of them stop at one step:
-    there it is noticed when the training begins.
+    there it is noticed when the training begins. Whatever ends the block after a SIGTERM ends it
+    as ``Stopped``.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, Handler())
+    handler = Handler()
+    before = signal.signal(signal.SIGTERM, handler)
     try:
         yield
+    except Exception as error:
+        # Raised within an import, it comes out as another error, and would count as a mistake.
+        if handler.asked:
+            raise Stopped(SAID) from error
+        raise
     finally:
         if rank.joined() is None:  # else the handler is jax's, which Python does not know of
             signal.signal(signal.SIGTERM, before)

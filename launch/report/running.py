@@ -53,7 +53,10 @@ def ranks(logs: Mapping[int, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
       ``spread``: its busy time less the shortest one, as a share of the step's time.
     """
     each: dict[str, dict[str, float]] = {}
-    for index, rows in logs.items():
+    # Steps that all have: a run may have begun on fewer processes, whose steps were others.
+    common = set.intersection(*({row.get("step") for row in rows} for rows in logs.values()))
+    for index, every in logs.items():
+        rows = [row for row in every if row.get("step") in common]
         times = [number(row.get("step_time")) for row in rows]
         times = [time for time in times if math.isfinite(time)]
         if not times:

@@ -23,6 +23,12 @@ _STYLE = """
 .wide table.numbers th, .wide table.numbers td { padding-right: 10px; }
 svg .tag { paint-order: stroke; stroke: var(--paper); stroke-width: 4px; stroke-linejoin: round; }
 .wide td:first-child, .wide th:first-child { padding-right: 12px; }
+@media (max-width: 640px) {
+  /* The names stay where the numbers scroll. */
+  .wide tbody th:nth-child(2) {
+    position: sticky; left: 0; background: var(--paper); min-width: 30vw; white-space: normal;
+  }
+}
 tr.on th, tr.on td { font-weight: 650; }
 tr.phase th { color: var(--accent); font-weight: 600; padding-top: 18px; }
 svg .contour {
@@ -279,9 +285,9 @@ def _domains(found: Mapping[str, Any]) -> str:
         figures += merging.figure(name, touring_figures.grid(name, columns, heads, away))
     return (
         f'<section><h2>Across domains</h2><div class="pair">{figures}</div><p class="under">Test '
-        "accuracy in percent. Left: what the models of other tasks know of a task, with its head "
-        "put on their trunks, above what serves all of them. Right: texts of a kind that was never "
-        "trained on, by the heads whose classes have the same names.</p></section>"
+        "accuracy in percent. First: what the models of other tasks know of a task, with its head "
+        "put on their trunks, above what serves all of them. Second: texts of a kind that was "
+        "never trained on, by the heads whose classes have the same names.</p></section>"
     )
 
 

@@ -51,8 +51,10 @@ class TourConfig:
       divergence, beta: what the student learns by; beta is of jsd.
       student_epochs, student_lr: passes over all tasks' training texts, peak of the rate.
       bits, rounding: schemes and methods of quantization, see ``steppe quantize``.
-      steps, k_min, game_lr, rho_x: games: iterations, steps of the student for one of the
-        generator, their rate, radius of the perturbation.
+      steps: of the games that quantization plays (zsaq), not of the fine-tuning: iterations.
+      k_min: games: steps of the student for one of the generator.
+      game_lr: games: the student's rate.
+      rho_x: games: radius of the perturbation.
       adapter: games: what maps the generator to embeddings.
       embed: also round the embeddings.
       curvature: training examples a task for eigenvalue and ball; 0 = neither.

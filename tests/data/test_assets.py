@@ -418,7 +418,9 @@ def test_no_disk_space_is_one_line_and_keeps_nothing(tiny, tmp_path, monkeypatch
 
 
 def test_unknown_name_lists_the_known():
-    with pytest.raises(AssetError, match="unknown asset 'vaader'; known: .*vader"):
+    with pytest.raises(
+        AssetError, match=r"unknown asset 'vaader'; did you mean 'vader'\? \(known: .*, vader"
+    ):
         assets.path("vaader")
 
 

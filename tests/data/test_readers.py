@@ -291,8 +291,14 @@ def test_addresses_that_name_no_part():
         sources.load("asset:vader/films")
     with pytest.raises(AssetError, match="holds weights, not records; data assets: brown"):
         sources.load("asset:minilm-l6")
-    with pytest.raises(AssetError, match="'nothing' is not in the catalogue"):
+    with pytest.raises(AssetError, match="'nothing' is not in the catalogue; data assets: brown"):
         sources.load("asset:nothing")
+    with pytest.raises(
+        AssetError, match=r"not in the catalogue; did you mean 'vader'\? data assets"
+    ):
+        sources.load("asset:vadr")
+    with pytest.raises(AssetError, match=r"no part 'movie'; did you mean 'vader/movies'\? use one"):
+        sources.load("asset:vader/movie")
 
 
 def test_a_part_without_its_asset_says_how_to_get_it(tmp_path, monkeypatch):

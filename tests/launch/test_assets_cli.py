@@ -1,5 +1,7 @@
 """``steppe assets``: consent, what is left out of "all", the list, wrong options."""
 
+import re
+
 import pytest
 
 from steppe.data import assets
@@ -58,12 +60,25 @@ def test_without_consent_nothing_is_fetched(fetched, monkeypatch, tmp_path):
 
 def test_the_list_marks_opt_in_and_shows_size_and_licence(fetched, capsys):
     assert main(["list"]) == 0
-    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
+    entries = re.split(r"\n(?=\w)", capsys.readouterr().out.strip())
+    rows = {entry.split()[0]: entry for entry in entries}
     assert "opt-in" in rows["asking"]
     assert "Own terms" in rows["asking"]
     assert "one [that] asks" in rows["asking"]
     assert "4.2" in rows["free"]
     assert "opt-in" not in rows["free"]
+    assert "in the cache" not in rows["free"]
+
+
+@pytest.mark.parametrize("columns", [80, 100, 200])
+def test_the_real_list_is_broken_between_words_alone(monkeypatch, capsys, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert main(["list"]) == 0
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= min(columns, 100)
+    words = set(shown.split())
+    for asset in assets.list():
+        assert {asset.name, *asset.description.split(), *asset.licence.split()} <= words
 
 
 def test_help_and_wrong_options(fetched, capsys):

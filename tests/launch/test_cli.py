@@ -197,6 +197,7 @@ def test_dry_run_writes_nothing(world, tmp_path, capsys):
     assert "parameters" in shown
     assert "peak per device" in shown
     assert "FLOPs" in shown
+    assert len(shown.splitlines()) < 20  # a table that is read, not all settings
     assert not (tmp_path / "run").exists()
 
 
@@ -264,7 +265,10 @@ def test_unknown_names_get_a_suggestion(capsys):
     mistake(capsys, ["finetune", "vader-movie"], "did you mean 'vader-movies'?")
     mistake(capsys, ["finetune", "--batch-sise", "3"], "--batch-sise")
     mistake(capsys, ["finetune", "--batch-size", "x"], "--batch-size")
+    mistake(capsys, ["tour", "--layer", "3"], "Perhaps you meant: --layers INT")
     mistake(capsys, ["assets", "fetch", "zork"], "unknown asset 'zork'")
+    mistake(capsys, ["assets", "fetch", "vadr"], "did you mean 'vader'?")
+    mistake(capsys, ["papers", "fsma"], "did you mean 'fsam'?")
 
 
 def test_settings_out_of_range(capsys, world, tmp_path):
@@ -372,7 +376,10 @@ def test_recipes_are_valid_and_round_trip():
 
 def test_papers(capsys):
     assert cli.main(["papers"]) == 0
-    assert "lora" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    for paper in papers.PAPERS:
+        assert (paper.command or f"from Python: {paper.function}") in shown
+    assert shown.splitlines()[-1].startswith(f"{len(papers.PAPERS)} of 72 systems")
     for paper in papers.PAPERS:
         assert cli.main(["papers", paper.name]) == 0
     assert "rank=8" in capsys.readouterr().out

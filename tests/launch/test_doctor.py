@@ -1,5 +1,7 @@
 """``steppe doctor``: what is there, what is broken, and that a bad look does not hide the rest."""
 
+import logging
+
 import pytest
 
 from steppe.launch import cli, doctor
@@ -31,6 +33,16 @@ def test_what_is_broken_is_said_with_its_cure(monkeypatch, tmp_path, capsys):
     assert "fetch minilm-l6 vader" in found["assets absent"].cure
     assert cli.main(["doctor"]) == 1
     assert "broken: no-such-package, cache, here" in capsys.readouterr().out
+
+
+def test_what_packages_log_while_they_are_imported_is_not_shown(monkeypatch, tmp_path, caplog):
+    (tmp_path / "loud_package.py").write_text(
+        "import logging\nlogging.getLogger(__name__).warning('a framework was not found')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    doctor._import("loud_package")
+    logging.getLogger("loud_package").warning("later")
+    assert [record.message for record in caplog.records] == ["later"]
 
 
 def test_a_look_that_fails_is_a_line_and_the_others_go_on(monkeypatch):

@@ -96,6 +96,9 @@ def test_shapes_have_the_parameters_of_the_published_models():
         ({"model": "bert-base", "length": 1024}, "length=1024 is longer than the 512 positions"),
         ({"model": "vit-base", "teacher": "vit-base"}, "a teacher goes with"),
         ({"model": ""}, "no model is named"),
+        ({"model": "bert-base", "freeze": (".*",)}, "leaves nothing to train"),
+        ({"model": "bert-base", "freeze": ("(",)}, "is no regular expression"),
+        ({"model": "bert-base", "probe": True}, "there is no step to plan"),
     ],
 )
 def test_models_that_do_not_fit_the_settings(values, words):

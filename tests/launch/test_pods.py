@@ -12,8 +12,9 @@ import pytest
 
 from steppe.launch import cli, pieces
 from steppe.launch.config import FinetuneConfig
-from steppe.launch.pods import codes, local, rank
+from steppe.launch.pods import codes, local, rank, stop
 from steppe.launch.pods.local import Ended, Options
+from steppe.launch.report import running
 from steppe.train import mesh
 
 EXPLICIT = {
@@ -237,6 +238,35 @@ def test_the_environment_of_a_rank():
     found = local.environment(Options(devices=2, platform="gpu"), 1, 77, {})
     assert rank.detect(found).devices == (2, 3)
     assert "JAX_PLATFORMS" not in found
+    assert found[rank.PLATFORM] == "gpu"
+
+
+def test_whatever_ends_a_command_after_a_sigterm_is_no_mistake():
+    """Raised within an import, the exception of the signal comes out as another one."""
+
+    def load():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except stop.Stopped as lost:
+            raise ImportError("cannot load a library") from lost
+
+    with pytest.raises(stop.Stopped) as caught, stop.requeued():
+        load()
+    assert caught.value.status == 75
+    with pytest.raises(ImportError, match="a library"), stop.requeued():
+        raise ImportError("cannot load a library")
+
+
+def test_processes_are_compared_at_the_steps_that_all_have():
+    """The first 20 steps of rank 0 were a run of one process."""
+
+    def row(step, busy):
+        return {"step": step, "step_time": 1.0, "device_wait": 1.0 - busy}
+
+    logs = {0: [row(n, 0.1) for n in range(20)] + [row(n, 0.6) for n in (20, 21)]}
+    found = running.ranks({**logs, 1: [row(20, 0.5), row(21, 0.5)]})
+    assert found["slowest"] == 0
+    assert found["each"]["0"]["busy"] == pytest.approx(0.6)
 
 
 @pytest.mark.parametrize(

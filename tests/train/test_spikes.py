@@ -185,6 +185,23 @@ def test_what_is_a_spike():
     assert again.get_state() == low.get_state()
 
 
+def test_after_a_rollback_over_more_than_the_window_the_median_is_that_of_the_anchor():
+    """Else the steps behind it have no median, and their spikes would enter the next one."""
+    watch = Spikes(Nothing(), factor=3.0, window=8)
+    for number in range(1, 11):
+        watch.add(number, 1.0, 1.0)
+    watch.anchored(10)
+    kept = watch.get_state()
+    for number in range(11, 40):
+        watch.add(number, 1.0, 1.0)
+    with pytest.raises(Spike) as caught:
+        watch.add(40, 50.0, 1.0)
+    assert watch.back(caught.value) == 30
+    watch.rewind(kept, 0)
+    with pytest.raises(Spike, match="more than 3 times 1"):
+        watch.add(11, 50.0, 1.0)
+
+
 @pytest.mark.parametrize(
     ("values", "says"),
     [

@@ -39,6 +39,7 @@ from steppe.train.distill.divergences import (
 from steppe.train.distill.kd import Measure
 from steppe.train.distill.pairs import Pair, TeacherLike
 from steppe.train.objectives.basic import negative_log_likelihood
+from steppe.train.spikes import skip_over
 from steppe.train.types import Batch, LossOut, Objective, Params
 
 ALPHA, STEP = "alpha_s", "alpha_s_step"
@@ -125,6 +126,10 @@ class Scheduled:
         alpha = np.float32(self._schedule(self._number))
         self._number += 1
         return {**batch, ALPHA: alpha}
+
+    def skip(self, count: int) -> None:
+        """Leaves out batches, not steps: the next one has the weight that was due."""
+        skip_over(self._batches, count)
 
     def get_state(self) -> dict[str, int]:
         """Where it is: the state of the batches inside, and the step."""

@@ -11,7 +11,7 @@ from steppe.data.assets.catalogue import CATALOGUE
 from steppe.data.assets.readers import bigbench, images, instructions, spider, text, translation
 from steppe.data.assets.readers.part import Kind, Part, Record, Records, View
 from steppe.data.assets.readers.text import base_tag
-from steppe.data.errors import AssetError, listing
+from steppe.data.errors import AssetError, listing, near
 
 __all__ = ["PARTS", "Kind", "Part", "Record", "Records", "View", "base_tag", "part"]
 
@@ -38,6 +38,8 @@ def part(address: str) -> tuple[str, Part]:
     if not known:
         data = sorted({key.partition("/")[0] for key in PARTS})
         role = "holds weights, not records" if name in CATALOGUE else "is not in the catalogue"
-        raise AssetError(f"asset {name!r} {role}; data assets: {listing(data, 50)}")
+        hint = "" if name in CATALOGUE else near(name, data)
+        raise AssetError(f"asset {name!r} {role}{hint or ';'} data assets: {listing(data, 50)}")
     what = f"has no part {rest!r}" if rest else "has several parts"
-    raise AssetError(f"asset {name!r} {what}; use one of: {listing(sorted(known), 30)}")
+    hint = near(address, sorted(known)) if rest else ""
+    raise AssetError(f"asset {name!r} {what}{hint or ';'} use one of: {listing(sorted(known), 30)}")

@@ -13,6 +13,7 @@ from scipy.special import log_softmax
 
 from steppe.models import tree
 from steppe.train import distill, objectives
+from steppe.train.spikes import Spikes
 
 small = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "small.py")))
 Z, T = jnp.array([[1.0, 0.0, -1.0]]), jnp.array([[0.5, 0.2, -0.7]])
@@ -133,6 +134,20 @@ def test_the_schedule_resumes_with_its_batches():
     found = next(other)
     assert float(found["alpha_s"]) == float(wanted["alpha_s"]) == float(schedule(2))
     assert found["x"][0] == wanted["x"][0] == 3
+
+
+def test_batches_that_a_rollback_leaves_out_do_not_move_the_schedule():
+    schedule = distill.alpha_schedule(steps=10)
+    run = distill.with_alpha(Numbers(), schedule)
+    next(run)
+    watch = Spikes(run)
+    state = watch.get_state()
+    for _ in range(4):
+        next(watch)
+    watch.rewind(state, 3)
+    found = next(watch)
+    assert float(found["alpha_s"]) == float(schedule(1))
+    assert found["x"][0] == 5
 
 
 def test_remapping_repeats_the_last_layer():

@@ -1,0 +1,159 @@
+"""Options of a command from its dataclass of settings: parsing, help, and mistakes in one line.
+
+The explanations in the help are those of the docstrings. A line of the docstring may document
+several settings, ``b1, b2, eps: of Adam.``; then each of them shows the line, names included.
+Where it says no more than ``as in `steppe COMMAND`.`` they show what they say there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import inspect
+import io
+import re
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from steppe.launch import prose
+
+_SECTION = "Attributes:\n"
+_ELSEWHERE = re.compile(r"as in `steppe (\w+)`\.")
+
+
+def parse(kind: Any, args: list[str], prog: str, default: Any = None) -> Any:
+    """The settings that ``args`` say; shows the help and leaves where they ask for it.
+
+    Args:
+      kind: frozen dataclass.
+      args: words of the command line, after the command.
+      prog: the command, for messages.
+      default: an instance of ``kind``: what is not said stays as it is there.
+
+    Raises:
+      ValueError: an unknown option, a value of the wrong form or out of range; one line.
+      SystemExit: the help was shown.
+    """
+    import tyro
+
+    registry = tyro.constructors.ConstructorRegistry()
+    registry.struct_rule(_fields)
+    options: dict[str, Any] = {} if default is None else {"default": default}
+    if {"-h", "--help"} & set(args):
+        # The parser prints a description as it is, in lines of any length.
+        print(about(kind), end="\n\n")
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), registry:
+            return tyro.cli(kind, args=args, prog=f"steppe {prog}", description="", **options)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise ValueError(
+            f"{_one_line(said.getvalue())}; `steppe {prog} --help` lists the options"
+        ) from None
+
+
+def _one_line(box: str) -> str:
+    """What the parser says in a box of several lines."""
+    lines = [re.sub(r"[^\w\s\-.,:;'\"=()\[\]{}/|<>+*]", "", line) for line in box.split("\n")]
+    # Rules may be drawn in dashes; options begin with two of them.
+    lines = [re.sub(r"-{3,}", " ", line).strip(" |") for line in lines]
+    words = " ".join(" ".join(lines).split())
+    words = re.sub(
+        r"^(Parsing error|Unrecognized options|Value error|Required options)\s+", "", words
+    )
+    words = re.sub(r"^(Invalid choice|Missing argument)\s+(?=invalid|Missing)", "", words)
+    words = re.sub(r"^Error parsing (\w+: )?", "", words)
+    words = re.split(r" For full helptext| Argument helptext", words)[0].rstrip(". ")
+    return re.sub(r" (?=Perhaps you meant:|Arguments similar to --)", ". ", words)
+
+
+def _fields(info: Any) -> Any:
+    """The parser's rule for dataclasses, with explanations from :func:`explained`."""
+    from tyro.constructors import MISSING_NONPROP, StructConstructorSpec, StructFieldSpec
+
+    kind = info.type
+    if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
+        return None
+    types = typing.get_type_hints(kind, include_extras=True)
+
+    def default(field: dataclasses.Field[Any]) -> Any:
+        if dataclasses.is_dataclass(info.default):
+            return getattr(info.default, field.name)
+        if field.default is not dataclasses.MISSING:
+            return field.default
+        if field.default_factory is not dataclasses.MISSING:
+            return field.default_factory()
+        return MISSING_NONPROP
+
+    fields = tuple(
+        StructFieldSpec(
+            name=field.name,
+            type=types[field.name],
+            default=default(field),
+            # Looked up when it is shown.
+            helptext=functools.partial(_explanation, kind, field.name),
+        )
+        for field in dataclasses.fields(kind)
+    )
+    return StructConstructorSpec(instantiate=typing.cast(Any, kind), fields=fields)
+
+
+def about(kind: type) -> str:
+    """The docstring of a class without its ``Attributes``, filled to the terminal's width."""
+    text = inspect.cleandoc(kind.__doc__ or "").partition(_SECTION)[0]
+    return prose.reflow(_plain(text))
+
+
+@functools.cache
+def explained(kind: type) -> Mapping[str, str]:
+    """Setting -> its explanation in the docstrings of a class and of those above it, one line."""
+    found: dict[str, str] = {}
+    for parent in reversed(kind.__mro__):
+        if dataclasses.is_dataclass(parent):
+            found |= _attributes(inspect.cleandoc(parent.__doc__ or ""))
+    return found
+
+
+def _explanation(kind: type, name: str) -> str | None:
+    return explained(kind).get(name)
+
+
+def _attributes(text: str) -> dict[str, str]:
+    entries: list[str] = []
+    for line in text.partition(_SECTION)[2].split("\n"):
+        if line and not line[0].isspace():  # the next section
+            break
+        if line[:3].strip():
+            entries.append(line)
+        elif entries:
+            entries[-1] += f" {line}"
+    found = {}
+    for entry in entries:
+        head, _, words = _plain(" ".join(entry.split())).partition(": ")
+        names = head.split(", ")
+        shown = ", ".join(name.replace("_", "-") for name in names)
+        elsewhere = _ELSEWHERE.fullmatch(words)
+        for name in names:
+            if elsewhere:
+                found[name] = explained(_settings_of(elsewhere[1]))[name]
+            else:
+                found[name] = words if len(names) == 1 else f"{shown}: {words}"
+    return found
+
+
+def _settings_of(command: str) -> type:
+    from steppe.launch.completion import OPTIONS
+
+    module, _, name = OPTIONS[command].partition(":")
+    kind: type = getattr(importlib.import_module(module), name)
+    return kind
+
+
+def _plain(text: str) -> str:
+    """Docstring markup as a terminal shows it."""
+    return text.replace("``", "`")
