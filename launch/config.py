@@ -426,7 +426,7 @@ def parse_mesh(text: str, devices: int) -> dict[str, int]:
     axes: dict[str, int] = {}
     for part in text.split(","):
         name, _, size = part.partition("=")
-        if not name.strip() or not size.strip().isdigit() or int(size) < 1:
+        if not name.strip() or not size.strip().isdecimal() or int(size) < 1:
             raise ValueError(f"mesh must look like data=4,model=2, got {text!r}")
         if name.strip() in axes:
             raise ValueError(f"mesh has the axis {name.strip()!r} twice in {text!r}")

@@ -133,13 +133,13 @@ def structure(mask: str) -> Structure:
     if mask in ("element", "tensor", "layer"):
         return mask
     first, *rest = mask.split(":")
-    numbers = tuple(int(word) for word in rest if word.isdigit() and int(word))
+    numbers = tuple(int(word) for word in rest if word.isdecimal() and int(word))
     if len(numbers) == len(rest):
         if first == "head" and len(numbers) == 1:
             return "head", numbers[0]
         if first == "head" and len(numbers) == 2:
             return "head", numbers[0], numbers[1]
-        if first.isdigit() and len(numbers) == 1 and 0 < int(first) <= numbers[0]:
+        if first.isdecimal() and len(numbers) == 1 and 0 < int(first) <= numbers[0]:
             return int(first), numbers[0]
     raise ValueError(
         f"mask must be element, tensor, layer, head:HEADS or N:M with 0 < N <= M, got {mask!r}"
@@ -154,7 +154,7 @@ def groups(ascent: str) -> str | int:
     """
     if ascent in ("global", "device"):
         return ascent
-    if ascent.isdigit() and int(ascent):
+    if ascent.isdecimal() and int(ascent):
         return int(ascent)
     raise ValueError(f"ascent must be global, device or a number of rows, got {ascent!r}")
 

@@ -56,7 +56,7 @@ def profiled(text: str) -> tuple[int, int]:
       ValueError: not of that form, or empty.
     """
     first, colon, end = text.partition(":")
-    if not (colon and first.isdigit() and end.isdigit() and 1 <= int(first) < int(end)):
+    if not (colon and first.isdecimal() and end.isdecimal() and 1 <= int(first) < int(end)):
         raise ValueError(
             "profile must be FIRST:END such as 10:13 for steps 10 to 12, counted from 1, got "
             f"{text!r}"
@@ -139,7 +139,7 @@ def others(folder: Path) -> dict[int, Path]:
     found = {}
     for file in folder.glob("metrics.*.jsonl"):
         index = file.name.split(".")[1]
-        if index.isdigit():
+        if index.isdecimal():
             found[int(index)] = file
     return dict(sorted(found.items()))
 

@@ -265,7 +265,7 @@ class DistillConfig:
             name, _, text = part.partition("=")
             if name == "how" and text in ("even", "first", "last"):
                 sizes[name] = text
-            elif name in CUTS and text.isdigit() and int(text):
+            elif name in CUTS and text.isdecimal() and int(text):
                 sizes[name] = int(text)
             else:
                 raise ValueError(
@@ -299,7 +299,7 @@ def pairs(given: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
     found = []
     for text in given:
         left, _, right = text.partition(":")
-        if not left.isdigit() or not right.isdigit():
+        if not left.isdecimal() or not right.isdecimal():
             raise ValueError(
                 f"layer_map must hold pairs such as 1:2 (student:teacher), got {text!r}"
             )

@@ -141,7 +141,7 @@ def parse(text: str) -> Place:
     units = 1 if name == CPU else ACCELERATORS[name].units
     if number is None:
         return Place(name, 1)
-    if not number.isdigit() or int(number) < 1:
+    if not number.isdecimal() or int(number) < 1:
         raise ValueError(f"on={text!r} must end with a number >= 1 of devices, such as {name}-8")
     count = int(number)
     if count % units:

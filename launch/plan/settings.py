@@ -65,6 +65,10 @@ class PlanConfig(FinetuneConfig):
         for name in ("batch_size", "length", "layers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+        for name in ("top_k", "vocab_chunk", "token_chunk"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
         if self.slices < 1:
             raise ValueError(f"slices must be >= 1, got {self.slices}")
         place = accelerators.parse(self.on)

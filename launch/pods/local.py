@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import itertools
 import os
 import re
 import signal
@@ -25,13 +26,15 @@ from typing import IO, Any, NamedTuple
 from steppe.launch.pods import codes, rank
 
 USAGE = """\
-usage: steppe launch [--local-processes N] [--devices-per-process M] [--platform cpu|gpu]
-                     [--grace SECONDS] finetune|distill ...
+usage: steppe launch [--local-processes N] [--devices-per-process M]
+                     [--platform cpu|gpu] [--grace SECONDS] finetune|distill ...
 
   --local-processes N      ranks on this host (2)
-  --devices-per-process M  devices of each: fake ones on a cpu; gpu: rank r gets r*M to r*M+M-1 (1)
+  --devices-per-process M  devices of each: fake ones on a cpu; on gpu rank r gets
+                           those from r*M to r*M+M-1 (1)
   --platform cpu|gpu       where the ranks compute (cpu)
-  --grace SECONDS          for the ranks to save after Ctrl-C or SIGTERM; then they are killed (60)
+  --grace SECONDS          for the ranks to save after Ctrl-C or SIGTERM, before
+                           they are killed (60)
 """
 COMMANDS = ("finetune", "distill")
 TAIL = 60  # lines of a failed rank that are shown
@@ -61,7 +64,8 @@ class Ended(NamedTuple):
 
 def main(args: Sequence[str]) -> int:
     """The command; returns the exit status of the run."""
-    if not args or args[0] in ("-h", "--help"):
+    before = itertools.takewhile(lambda word: word not in COMMANDS, args)
+    if not args or {"-h", "--help"} & set(before):
         print(USAGE, end="")
         return 0 if args else codes.MISTAKE
     options, command = parse(args)

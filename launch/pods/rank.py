@@ -327,7 +327,7 @@ def _devices(environ: Mapping[str, str]) -> tuple[int, ...] | None:
 
 def _integer(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
     text = environ.get(name, "" if default is None else str(default))
-    if not text.isdigit():
+    if not text.isdecimal():
         raise ValueError(f"{name} must be a whole number, got {text!r}")
     return int(text)
 

@@ -229,6 +229,13 @@ def test_launch_mistakes(words, says, capsys):
     assert says in capsys.readouterr().err
 
 
+def test_help_may_follow_options(capsys):
+    assert cli.main(["launch", "--local-processes", "2", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("usage: steppe launch")
+    assert max(map(len, said.splitlines())) <= 80
+
+
 def test_the_environment_of_a_rank():
     base = {"XLA_FLAGS": "--a --xla_force_host_platform_device_count=8", "X": "1"}
     found = local.environment(Options(devices=4), 1, 77, base)
