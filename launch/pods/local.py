@@ -30,11 +30,11 @@ usage: steppe launch [--local-processes N] [--devices-per-process M]
                      [--platform cpu|gpu] [--grace SECONDS] finetune|distill ...
 
   --local-processes N      ranks on this host (2)
-  --devices-per-process M  devices of each: fake ones on a cpu; on gpu rank r gets
-                           those from r*M to r*M+M-1 (1)
+  --devices-per-process M  devices of each: fake ones on a cpu; on gpu rank r
+                           gets those from r*M to r*M+M-1 (1)
   --platform cpu|gpu       where the ranks compute (cpu)
-  --grace SECONDS          for the ranks to save after Ctrl-C or SIGTERM, before
-                           they are killed (60)
+  --grace SECONDS          for the ranks to save after Ctrl-C or SIGTERM,
+                           before they are killed (60)
 """
 COMMANDS = ("finetune", "distill")
 TAIL = 60  # lines of a failed rank that are shown
