@@ -57,12 +57,17 @@ class _Entry(NamedTuple):
     offset: int
 
 
+class _Unread(ValueError):
+    """A sound file holds a tensor of a type that is not read."""
+
+
 class Safetensors:
     """The tensors of one or several safetensors files.
 
     Raises:
       FileNotFoundError: a file is missing.
-      ValueError: a file is truncated or not in the format.
+      ValueError: a file is truncated or not in the format, or a tensor is of a type that is not
+        read.
     """
 
     def __init__(self, files: list[Path]) -> None:
@@ -96,7 +101,10 @@ def _header(file: Path) -> dict[str, _Entry]:
             if name == "__metadata__":
                 continue
             if info["dtype"] not in _DTYPES:
-                raise ValueError(f"tensor {name!r} has the unsupported type {info['dtype']}")
+                raise _Unread(
+                    f"{file}: tensor {name!r} has the type {info['dtype']}, which is not read; "
+                    f"convert it to one of {', '.join(_DTYPES)}"
+                )
             dtype = np.dtype(_DTYPES[info["dtype"]])
             start, end = info["data_offsets"]
             shape = tuple(int(n) for n in info["shape"])
@@ -109,6 +117,8 @@ def _header(file: Path) -> dict[str, _Entry]:
             entries[name] = _Entry(file, dtype, shape, 8 + length + start)
     except (struct.error, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is not a safetensors file ({error})") from error
+    except _Unread:
+        raise
     except ValueError as error:
         raise ValueError(f"{file} is truncated or damaged: {error}; fetch it again") from error
     return entries

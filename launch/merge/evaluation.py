@@ -94,6 +94,8 @@ def data_of(folder: Path) -> dict[str, DataConfig]:
         raise ValueError(f"{file} is damaged ({error})") from error
     found = {}
     for task in told.get("tasks", []) if isinstance(told, Mapping) else []:
+        if not isinstance(task, Mapping):
+            raise ValueError(f"{file} is damaged (tasks must hold objects, got {task!r})")
         if task.get("data"):
             found[str(task["name"])] = config_.from_dict(DataConfig, task["data"])
     return found

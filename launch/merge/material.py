@@ -79,13 +79,14 @@ class Task:
 
     def some(self, count: int, size: int, seed: int) -> Iterator[dict[str, np.ndarray]]:
         """``count`` training examples in full batches of one shape, with labels where a
-        regression needs them."""
+        regression needs them, and for texts to be written with the mask of what is written."""
         dataset = self.splits["train"]
         order = np.random.default_rng(seed).permutation(len(dataset))[:count]
         size = min(size, len(order))
         length = self._length(dataset)
         shape = batches.Plan(dataset, size, length, None).buckets[-1]
-        names = (*INPUTS, "labels") if self.kind in ("regression", "seq2seq") else INPUTS
+        more = {"regression": ("labels",), "seq2seq": ("labels", "label_mask")}
+        names = (*INPUTS, *more.get(self.kind, ()))
         for start in range(0, len(order) - size + 1, size):
             rows = order[start : start + size]
             batch = collate.collate(dataset, rows, shape, seed=seed, epoch=0, train=False)

@@ -247,7 +247,7 @@ def _fisher(
         some = task.some(config.examples, config.batch_size, config.seed)
         key = jax.random.key(config.seed)
         logits = nets.logits(rolled(own))
-        whole = merge.diag_fisher(logits, params, some, mode, key=key)
+        whole = merge.diag_fisher(logits, params, some, mode, key=key, kind=task.kind)
         found.append(heads.split(whole)[0])
     c = fisher.coefficients(fisher.norms(found), None, True, 1e-6)
     trunk = merge.fisher_merge(trees.thetas, found)
@@ -273,7 +273,8 @@ def _adapted(
     config: MergeConfig, trees: Trees, tasks: Sequence[Task], nets: Nets, tell: Told | None
 ) -> Outcome:
     check_adaptable(tasks)
-    own = [trees.models[task.name] for task in tasks]
+    named = [task.name for task in tasks]
+    own = [trees.models[name] for name in named]
     tails = [{"head": heads.split(params)[1]} for _, params in own]
     objective = adaptive.entropies([nets.of(rolled(c)) for c, _ in own], tails)
     draws = [t.draws(config.adapt_on, config.batch_size, config.seed) for t in tasks]
@@ -293,7 +294,9 @@ def _adapted(
     if config.method == "adamerging":
         ties = config.k if config.plus else None
         cfg = adaptive.AdaMergingConfig(config.updates, config.lr, lam, ties=ties)
-        got = adaptive.adamerging(theta0, taus, objective, data, config.level, cfg, watch=watch)
+        got = adaptive.adamerging(
+            theta0, taus, objective, data, config.level, cfg, watch=watch, names=named
+        )
         curve = {"coefficients": _curve(got.run.entropy)}
         return Outcome(
             got.params, rows(got.lambdas, taus), entropy=curve, notes=list(got.run.notes)
@@ -311,7 +314,7 @@ def _adapted(
     key = jax.random.key(config.seed)
     if config.method == "concrete-ta":
         result = concrete.concrete_task_arithmetic(
-            theta0, taus, objective, data, settings, key, watch=watch
+            theta0, taus, objective, data, settings, key, watch=watch, names=named
         )
         ones = jnp.ones(len(trees.names), jnp.float32)
         end = concrete.masked_merge(theta0, taus, ones, result.mask)
@@ -319,7 +322,15 @@ def _adapted(
         found = [("", [lam] * len(trees.names))]
     else:
         result = concrete.concrete_adamerging(
-            theta0, taus, objective, data, settings, key, level=config.level, watch=watch
+            theta0,
+            taus,
+            objective,
+            data,
+            settings,
+            key,
+            level=config.level,
+            watch=watch,
+            names=named,
         )
         at, found = None, rows(result.lambdas, taus)
     names = ("mask", "coefficients")

@@ -135,15 +135,11 @@ def merged(
     tell: methods.Told,
 ) -> Any:
     """Yields a row for every method of a seed that is ``left``, in their order."""
-    shared = MergeConfig(
+    shared = dataclasses.replace(
+        config.shared(seed),
         base=config.base.model,
         models=tuple(map(str, runs)),
         out=str(Path(config.out) / "merged"),
-        eval_limit=config.eval_limit,
-        batch_size=config.batch_size,
-        seed=seed,
-        adapt_on="valid",
-        sweep=config.sweep,
     )
     base, models, _ = inputs.collect(shared)
     tasks = [material.open_task(part) for part in models]

@@ -91,12 +91,35 @@ class StudyConfig:
                 raise ValueError(f"base.{name} is not used here: {why}")
         if self.base.out or self.base.data.source != FinetuneConfig().data.source:
             raise ValueError("base.out and base.data.source are not used here: see out and tasks")
+        for seed in self.seeds:
+            self.shared(seed)
+        known: dict[MergeConfig, str] = {}
         for name in self.methods:
-            self.arm(name, MergeConfig())
+            arm = self.arm(name, self.shared(self.seeds[0]))
+            if arm in known:
+                raise ValueError(
+                    f"methods must not hold a row twice: {known[arm]!r} and {name!r} are the same "
+                    "settings; leave one out"
+                )
+            known[arm] = name
 
     def rows(self) -> tuple[str, ...]:
         """All rows of the table, the references first."""
         return (*REFERENCES, *self.methods)
+
+    def shared(self, seed: int) -> MergeConfig:
+        """What all methods share under a seed, the models apart.
+
+        Raises:
+          ValueError: a value out of range.
+        """
+        return MergeConfig(
+            eval_limit=self.eval_limit,
+            batch_size=self.batch_size,
+            seed=seed,
+            adapt_on="valid",
+            sweep=self.sweep,
+        )
 
     def arm(self, text: str, shared: MergeConfig) -> MergeConfig:
         """``"ties:k=0.1"`` on top of what all methods share.

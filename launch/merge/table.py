@@ -115,7 +115,12 @@ def said(result: Mapping[str, Any]) -> list[str]:
         how = {"validation": "chosen on the validation split", "given": "as given"}
         lines.append(f"lam {swept['used']:g}, {how.get(swept['by'], 'the default')}")
     geometry = result.get("geometry")
-    if geometry:
+    if geometry and not any(met for _, met, _ in geometry["tensors"]):
+        lines.append(
+            f"no entry is among the largest {geometry['k']:.0%} of two tasks: there are no signs "
+            "to compare"
+        )
+    elif geometry:
         lines.append(
             f"signs differ on {geometry['disagreement']:.1%} of the entries that two tasks or "
             f"more keep (largest {geometry['k']:.0%} of each)"

@@ -224,11 +224,17 @@ def _vectors(result: Mapping[str, Any]) -> str:
     lengths = ", ".join(
         f"{name} {number(v):.4g}" for name, v in zip(names, found["norms"], strict=True)
     )
+    most = f"{number(found['k']):.0%}"
+    signs = (
+        f"Of the entries that two tasks or more keep among the {most} largest of their vectors, "
+        f"signs differ on {_share(share)}: there adding the vectors loses what the tasks have "
+        "learnt."
+    )
+    if not shares:
+        signs = f"No entry is among the {most} largest of two tasks: there are no signs to compare."
     return (
         f'<section><h2>The task vectors</h2><div class="pair">{figures}</div><p class="under">'
-        f"Lengths: {escape(lengths)}. Of the entries that two tasks or more keep among the "
-        f"{number(found['k']):.0%} largest of their vectors, signs differ on {_share(share)}: "
-        "there adding the vectors loses what the tasks have learnt.</p></section>"
+        f"Lengths: {escape(lengths)}. {signs}</p></section>"
     )
 
 

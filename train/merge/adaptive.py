@@ -32,7 +32,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from steppe.models import tree
 from steppe.models.model import Batch, Model
 from steppe.train.merge.guard import Data, Entropy, Guard, Run, Watch, draw, entropy_of, run
-from steppe.train.merge.leafwise import mergeable, tasks
+from steppe.train.merge.leafwise import check_finite, mergeable, tasks
 from steppe.train.mesh import MeshPlan
 from steppe.train.types import Params
 
@@ -286,6 +286,7 @@ class AdaMergingConfig:
             raise ValueError(f"steps must be >= 0, got {self.steps}")
         if not self.lr >= 0:
             raise ValueError(f"lr must be >= 0, got {self.lr}")
+        check_finite("lam", self.lam)
         if self.ties is not None and not 0 < self.ties <= 1:
             raise ValueError(f"ties must lie in (0, 1], got {self.ties}")
 
@@ -373,6 +374,7 @@ def adamerging(
     watch: Watch | None = None,
     phase: str = "adamerging",
     begin: int = 0,
+    names: Sequence[str] | None = None,
 ) -> Adapted:
     """Learns merge coefficients on unlabelled batches.
 
@@ -388,9 +390,10 @@ def adamerging(
       plan: mesh; theta0 and taus lie or are put there, the batches are split over it.
       watch: called after every ``cfg.guard.window`` steps.
       phase, begin: name of the run, and number of its first draw.
+      names: of the tasks, for what the guard says; default their numbers.
 
     Raises:
-      ValueError: trees that do not fit, or a value that is not finite in them.
+      ValueError: trees or names that do not fit, or a value that is not finite in the trees.
       NonFiniteLoss: the entropy is not finite from the start.
     """
     cfg = AdaMergingConfig() if cfg is None else cfg
@@ -417,6 +420,7 @@ def adamerging(
         guard=cfg.guard,
         phase=phase,
         watch=watch,
+        names=names,
     )
     lambdas = done.state.lambdas
     lambdas = jax.tree.map(lambda x: jnp.clip(x, 0.0, 1.0), lambdas) if cfg.clip else lambdas

@@ -28,6 +28,7 @@ Coefficients count as clipped, as in subspace_fusion (``clip=False`` for fusion_
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -51,6 +52,7 @@ from steppe.train.merge.adaptive import (
     spread,
 )
 from steppe.train.merge.guard import Data, Entropy, Guard, Run, Watch, draw, entropy_of, run
+from steppe.train.merge.leafwise import check_finite
 from steppe.train.mesh import MeshPlan
 from steppe.train.types import Params
 
@@ -99,6 +101,8 @@ class ConcreteConfig:
         for name in ("steps", "tta_steps", "mask_lr", "base_lr", "tta_lr"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+        for name in ("init", "lam"):
+            check_finite(name, getattr(self, name))
 
     def adaptation(self) -> AdaMergingConfig:
         """The test-time adaptation as a run of AdaMerging."""
@@ -290,11 +294,13 @@ def concrete_task_arithmetic(
     state: MaskState | None = None,
     plan: MeshPlan | None = None,
     watch: Watch | None = None,
+    names: Sequence[str] | None = None,
 ) -> ConcreteResult:
     """Task arithmetic inside a learnt subspace.
 
     Args:
-      theta0, taus, entropy_fn, data, plan, watch: see ``adaptive.adamerging``; one draw a step.
+      theta0, taus, entropy_fn, data, plan, watch, names: see ``adaptive.adamerging``; one draw
+        a step.
       cfg: default: the paper's.
       key: of all noise; default ``jax.random.key(0)``.
       state: to go on from, with the key of the run and data that continue; its arrays are used
@@ -324,6 +330,7 @@ def concrete_task_arithmetic(
         guard=cfg.guard,
         phase="concrete task arithmetic",
         watch=watch,
+        names=names,
     )
     mask = draw_mask(draw_key, done.state.logits, cfg)
     params = masked_merge(theta0, total, jnp.full(1, cfg.lam, jnp.float32), mask)
@@ -343,11 +350,12 @@ def concrete_adamerging(
     tta: AdaptState | None = None,
     plan: MeshPlan | None = None,
     watch: Watch | None = None,
+    names: Sequence[str] | None = None,
 ) -> ConcreteResult:
     """AdaMerging inside a learnt subspace: the mask first, then the coefficients.
 
     Args:
-      theta0, taus, entropy_fn, plan, watch: see ``adaptive.adamerging``.
+      theta0, taus, entropy_fn, plan, watch, names: see ``adaptive.adamerging``.
       data: draws 2 n and 2 n + 1 for step n of the mask, 2 ``cfg.steps`` + n for step n of the
         test-time adaptation.
       cfg, key: see :func:`concrete_task_arithmetic`.
@@ -378,6 +386,7 @@ def concrete_adamerging(
         guard=cfg.guard,
         phase="concrete mask",
         watch=watch,
+        names=names,
     )
     mask = draw_mask(draw_key, learnt.state.logits, cfg)
     adapted = adamerging(
@@ -393,6 +402,7 @@ def concrete_adamerging(
         watch=watch,
         phase="concrete adaptation",
         begin=2 * cfg.steps,
+        names=names,
     )
     runs = (learnt, adapted.run)
     return ConcreteResult(adapted.params, mask, adapted.lambdas, learnt.state, adapted.state, runs)

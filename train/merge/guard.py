@@ -180,7 +180,7 @@ def run(
     notes: list[str] = []
     most = np.zeros(0)
     past: list[Entropy] = []  # the last ``window`` steps
-    first_answers = _First(begin)
+    early: dict[int, Any] = {}
     told = False
     number = begin
     while number < steps:
@@ -210,6 +210,7 @@ def run(
             # Entropies are those before an update: the first few stand for the first state.
             start = _window(begin, rows[:JUDGED])
             most, best = start.classes, (float(start.information.sum()), *best[1:])
+            early = dict.fromkeys(range(len(most)), 0)
         past = [*past, *rows][-guard.window :]
         window = _window(number, past)
         windows.append(window)
@@ -222,15 +223,14 @@ def run(
         value = float(_window(number, past[-JUDGED:]).information.sum())
         if value > best[0]:
             best = (value, number, _copy(state))
-        for task, answers, steps_seen in first_answers.see(rows, number):
-            notes.append(
-                _say(
-                    f"{phase}: {_tasks([task], names)} got one class for nearly all of the first "
-                    f"{answers} answers (steps {begin} to {steps_seen}): the merge has collapsed "
-                    "before the first step, or the data hold hardly another class; the guard "
-                    "cannot tell, look at the scores"
-                )
+        for task, answers in _uniform(early, rows):
+            what = (
+                f"{phase}: the first {answers} answers to {_tasks([task], names)}, by step "
+                f"{number}, are nearly all of one class: either the merge had collapsed before "
+                "the first step, which the guard cannot see, or the data hold hardly another "
+                "class; look at the scores"
             )
+            notes.append(_say(what))
         gone = np.flatnonzero(window.classes - 1 < guard.share * (most - 1))
         if not gone.size:
             continue
@@ -252,27 +252,21 @@ def run(
     return Run(state, table, tuple(windows), number, tuple(notes))
 
 
-class _First:
-    """Counts the answers to each task until they say whether the run begins with one class."""
+def _uniform(early: dict[int, Any], rows: Sequence[Entropy]) -> list[tuple[int, int]]:
+    """(task, answers) of the tasks whose first answers are known by now to be of one class.
 
-    def __init__(self, begin: int) -> None:
-        self._begin = begin
-        self._counts: dict[int, np.ndarray] | None = None
-
-    def see(self, rows: Sequence[Entropy], step: int) -> list[tuple[int, int, int]]:
-        """(task, answers, step) of the tasks of which that is known now, and of one class."""
-        if self._counts is None:
-            self._counts = {i: np.zeros(len(c)) for i, c in enumerate(rows[0].classes)}
-        found = []
-        for task in list(self._counts):
-            counts = self._counts[task] + np.sum([row.answers[task] for row in rows], axis=0)
-            self._counts[task] = counts
-            if counts.sum() < ANSWERS:
-                continue
-            del self._counts[task]
-            if counts.sum() - counts.max() < STRAY * counts.sum():
-                found.append((task, round(counts.sum()), step))
-        return found
+    Args:
+      early: task -> answers of each class until now; a task leaves it with enough of them.
+    """
+    found = []
+    for task in tuple(early):
+        early[task] = early[task] + np.sum([row.answers[task] for row in rows], axis=0)
+        whole, largest = float(early[task].sum()), float(early[task].max())
+        if whole >= ANSWERS:
+            del early[task]
+            if whole - largest < STRAY * whole:
+                found.append((task, round(whole)))
+    return found
 
 
 def _tasks(numbers: Sequence[int] | np.ndarray, names: Sequence[str] | None) -> str:

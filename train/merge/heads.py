@@ -29,6 +29,7 @@ from steppe.train.evaluate import runner
 
 HEADS, FOLDER = "heads.json", "heads"
 HEAD = "head"
+CURE = "merge the models again, or copy the file anew from where the folder came"
 
 
 @dataclass(frozen=True)
@@ -191,14 +192,14 @@ def load(
 
     Raises:
       FileNotFoundError: no such folder, no ``heads.json``, a head's file is missing.
-      ValueError: a head lacks a tensor or has one of another shape.
+      ValueError: ``heads.json`` is damaged, a head lacks a tensor or has one of another shape.
     """
     path = Path(directory).expanduser()
     trunk = pretrained.load(path, head=None, dtype=dtype, plan=plan)
     listing = path / HEADS
     if not listing.is_file():
         raise FileNotFoundError(f"{path} holds no {HEADS}; open it as a single model instead")
-    entries = json.loads(listing.read_text("utf-8"))
+    entries = _entries(listing)
     config = trunk.model.config
     family = family_of(config.family)
     found = {}
@@ -208,7 +209,13 @@ def load(
             raise ValueError(f"{listing} does not say what kind of head {task!r} has; add 'kind'")
         labels = entry.get("labels")
         fields = {f.name: entry[f.name] for f in dataclasses.fields(HeadConfig) if f.name in entry}
-        own = HeadConfig(**fields)
+        try:
+            own = HeadConfig(**fields)
+            family.head(own.kind, own.num_labels, own.drop)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{listing}: the head {task!r} is damaged ({error}); {CURE}"
+            ) from error
         file = path / FOLDER / f"{task}.safetensors"
         store = weights.Safetensors([file])
         shapes = store.shapes()
@@ -235,6 +242,21 @@ def load(
             params = plan.place({HEAD: params})[HEAD]
         found[task] = Head(own, params, None if labels is None else tuple(labels))
     return MultiHead(config, trunk.params, found)
+
+
+def _entries(listing: Path) -> dict[str, dict[str, Any]]:
+    """What ``heads.json`` says of every task.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
+    try:
+        found = json.loads(listing.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{listing} is damaged ({error}); {CURE}") from error
+    if not isinstance(found, dict) or not all(isinstance(e, dict) for e in found.values()):
+        raise ValueError(f"{listing} is damaged (it must hold an object a task); {CURE}")
+    return found
 
 
 def evaluate(

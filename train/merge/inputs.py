@@ -21,6 +21,8 @@ import numpy as np
 from steppe.models import weights
 from steppe.models.families import family as family_of
 from steppe.models.families.names import Family
+from steppe.models.heads import POOLED
+from steppe.train.merge.roles import Roles, head_names, role_of
 
 # config.json keys that must agree for two folders to hold one architecture.
 ARCHITECTURE = (
@@ -55,8 +57,6 @@ BEHAVIOUR = (
     ("relative_attention_max_distance",),
 )
 TASK_HEADS = ("classification", "regression", "token", "span")
-# A tensor of a numbered layer belongs to the trunk: a model that lacks it is another network.
-LAYER = re.compile(r"(^|\.)(layers?|h|blocks?|resblocks)\.\d+\.")
 ROWS = 10
 
 
@@ -161,6 +161,7 @@ class Report:
       differences: what makes a merge impossible, in the order of the files.
       shared: tensors that are merged.
       unbased: those of them that the base lacks: they are averaged.
+      copied: tensors that only the base holds, of a family that is not known: copied from it.
       apart: input -> tensors that stay with it.
       notes: what differs and does no harm, such as dtypes.
     """
@@ -170,6 +171,7 @@ class Report:
     differences: tuple[Difference, ...] = ()
     shared: tuple[str, ...] = ()
     unbased: frozenset[str] = frozenset()
+    copied: tuple[str, ...] = ()
     apart: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -224,6 +226,9 @@ def inspect(
 ) -> Report:
     """Compares the headers of all inputs.
 
+    Only heads may be missing in some of them. What else a model lacks is a difference, except
+    poolers that no head reads and buffers, which the output does without.
+
     Args:
       base: folder of the base model, or None.
       models: folders of the fine-tuned models; their order is kept.
@@ -252,8 +257,11 @@ def inspect(
     own = {one.name: _head_tensors(one) for one in tuned}
 
     differences = _configurations(inputs)
+    roles = Roles.of(inputs)
     shared: list[str] = []
     unbased: set[str] = set()
+    copied: list[str] = []
+    left: list[str] = []
     notes: list[str] = []
     apart: dict[str, list[str]] = {one.name: [] for one in inputs}
     for name in everything:
@@ -267,17 +275,31 @@ def inspect(
             name, tuple(str(o.tensors[name]) if name in o.tensors else "-" for o in inputs)
         )
         if len(holders) < len(inputs):
-            if LAYER.search(name):
-                differences.append(row)
-            elif all(name in one.tensors for one in tuned):
+            with_it = [one for one in tuned if name in one.tensors]
+            role = role_of(
+                name,
+                roles,
+                in_base=base is not None and name in inputs[0].tensors,
+                in_models=bool(with_it),
+                pooled=any(_reads_pooler(one) for one in with_it),
+            )
+            if role == "buffer":
+                continue
+            if len(with_it) == len(tuned) and role != "layer":
                 if len({one.tensors[name].shape for one in tuned}) > 1:
                     differences.append(row)
                 else:
                     shared.append(name)
                     unbased.add(name)
-            else:
+            elif role == "head":
                 for one in holders:
                     apart[one.name].append(name)
+            elif role == "unread":
+                left.append(name)
+            elif role == "base":
+                copied.append(name)
+            else:
+                differences.append(row)
             continue
         found = [one.tensors[name] for one in inputs]
         kinds = {bool(jnp.issubdtype(t.dtype, jnp.floating)) for t in found}
@@ -287,12 +309,20 @@ def inspect(
         shared.append(name)
         if len({t.dtype for t in found}) > 1 and len(notes) < ROWS:
             notes.append(f"{name} has several dtypes: {', '.join(row.values)}")
+    for names_, what in (
+        (copied, "only in the base, so copied from it"),
+        (left, "not in every model and read by no head, so left out"),
+    ):
+        if names_:
+            some = ", ".join(names_[:2]) + (", ..." if len(names_) > 2 else "")
+            notes.append(f"{some}: {what}")
     return Report(
         tuple(inputs),
         base is not None,
         tuple(differences),
         tuple(shared),
         frozenset(unbased),
+        tuple(copied),
         {name: tuple(held) for name, held in apart.items() if held},
         tuple(notes),
     )
@@ -310,6 +340,12 @@ def declared(one: Input) -> tuple[str, Family] | None:
     names = one.raw.get("architectures") or [""]
     kind = None if family is None else family.kind_of(str(names[0]), one.raw)
     return None if kind is None or family is None else (kind, family)
+
+
+def _reads_pooler(one: Input) -> bool:
+    """Whether the head that a model declares reads the pooler."""
+    found = declared(one)
+    return found is not None and found[0] in POOLED and found[1].pooled
 
 
 def word_heads(report: Report) -> list[str]:
@@ -332,13 +368,11 @@ def _head_tensors(one: Input) -> set[str]:
 
 
 def _tensors_of(one: Input, kind: str, family: Family) -> set[str]:
-    count = 1 if kind == "regression" else 2
     try:
-        config = family.read(one.raw).with_head(family.head(kind, count, 0.0))
+        names = head_names(family.read(one.raw), family, kind)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{one.folder / 'config.json'}: {error}") from error
-    names = family.heads[kind].of(config)
-    return {name.tensor for name in names if name.path.startswith("head/")} & set(one.tensors)
+    return names & set(one.tensors)
 
 
 def _configurations(inputs: Sequence[Input]) -> list[Difference]:

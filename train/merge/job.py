@@ -197,7 +197,7 @@ class Job:
         Sums are in float32, those of float64 tensors too.
         """
         origin = self.report.origin(name)
-        if not self._float(name):
+        if name in self.report.copied or not self._float(name):
             flat = origin.read(name)
             for start in range(0, len(flat), PIECE):
                 yield start, np.array(flat[start : start + PIECE])

@@ -174,6 +174,21 @@ def check_weights(weights: Sequence[Any]) -> None:
         raise ValueError(f"weights must be finite numbers, got {tuple(weights)}")
 
 
+def check_finite(name: str, value: Any) -> None:
+    """
+    Args:
+      name: of the argument, for the message.
+      value: a number, or a list or tuple of numbers. Arrays of jax are not looked at: they may
+        be traced, or still on their way.
+
+    Raises:
+      ValueError: a number that is not finite.
+    """
+    for one in value if isinstance(value, list | tuple) else (value,):
+        if not isinstance(one, jax.Array) and not np.isfinite(np.asarray(one, np.float64)).all():
+            raise ValueError(f"{name} must be finite, got {value}")
+
+
 def task_vectors(theta0: Mapping[str, Any], thetas: Sequence[Mapping[str, Any]]) -> Params:
     """The task vectors ``theta_i - theta_0``, stacked: leaves [N, ...] in float32.
 
@@ -211,7 +226,7 @@ def task_arithmetic(theta0: Mapping[str, Any], taus: Mapping[str, Any], lam: Any
         task [N].
 
     Raises:
-      ValueError: ``taus`` are not of this base, or lam has neither shape.
+      ValueError: ``taus`` are not of this base; lam has neither shape, or is not finite.
     """
     count = tasks(taus)
     coefficients = coefficient(lam, count)
@@ -231,8 +246,9 @@ def coefficient(lam: Any, count: int) -> list[Any] | None:
     """A coefficient a task, or None where one number serves all.
 
     Raises:
-      ValueError: there are neither one nor N.
+      ValueError: there are neither one nor N, or one is not finite.
     """
+    check_finite("lam", lam)
     shape = np.shape(lam)
     if shape == ():
         return None
@@ -249,14 +265,17 @@ def slerp(first: Mapping[str, Any], second: Mapping[str, Any], t: Any = 0.5) -> 
       t: where between them.
 
     Raises:
-      ValueError: the models have different structures.
+      ValueError: the models have different structures, or t is not finite.
     """
     check_models([first, second])
+    check_finite("t", t)
 
     def one(a: jax.Array, b: jax.Array) -> jax.Array:
         x, y = a.astype(jnp.float32), b.astype(jnp.float32)
-        norms = jnp.sqrt(jnp.sum(x * x)) * jnp.sqrt(jnp.sum(y * y))
-        cosine = jnp.sum(x * y) / jnp.where(norms > 0, norms, 1.0)
+        # The angle is that of the directions: squares of the values may leave float32.
+        u, v = (z / jnp.where((z != 0).any(), jnp.abs(z).max(), 1.0) for z in (x, y))
+        norms = jnp.sqrt(jnp.sum(u * u)) * jnp.sqrt(jnp.sum(v * v))
+        cosine = jnp.sum(u * v) / jnp.where(norms > 0, norms, 1.0)
         straight = (jnp.abs(cosine) > PARALLEL) | (norms == 0)
         angle = jnp.arccos(jnp.where(straight, 0.0, cosine))
         share = jnp.asarray(t, jnp.float32)

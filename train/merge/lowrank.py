@@ -24,6 +24,7 @@ from steppe.models import tree
 from steppe.models.overlays import lora
 from steppe.models.overlays.overlay import Overlay, site_path
 from steppe.models.tree import Params
+from steppe.train.merge import leafwise
 
 
 def concatenated(
@@ -43,8 +44,8 @@ def concatenated(
       The overlay and its delta, of rank sum_i r_i with scale 1.
 
     Raises:
-      ValueError: no delta, other numbers of scales or coefficients, or factors of different
-        shapes at one site (named).
+      ValueError: no delta, one without factors, other numbers of scales or coefficients, one
+        of them that is not finite, or factors of different shapes at one site (named).
     """
     count = len(deltas)
     if count == 0:
@@ -55,7 +56,9 @@ def concatenated(
             f"there must be one scale and one coefficient an adapter: {count}, "
             f"got {len(scales)} and {len(c)}"
         )
-    stacks = [delta[tree.STACK] for delta in deltas]
+    leafwise.check_finite("scales", list(scales))
+    leafwise.check_finite("coefficients", c)
+    stacks = _stacks(deltas)
     names = list(dict.fromkeys(name for stack in stacks for name in stack))
     whole = max(sum(_rank(s[n]) for s in stacks if n in s) for n in names)
     merged = {}
@@ -83,6 +86,22 @@ def concatenated(
         merged[name] = {"a": a, "b": b}
     overlay = lora.overlay(rank=whole, alpha=float(whole), sites=names)
     return overlay, {tree.STACK: merged}
+
+
+def _stacks(deltas: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The factors of every adapter by site.
+
+    Raises:
+      ValueError: an adapter has none.
+    """
+    for number, delta in enumerate(deltas):
+        if not delta.get(tree.STACK):
+            raise ValueError(
+                f"adapter {number} must hold LoRA factors under {tree.STACK!r}, "
+                f"got {', '.join(map(repr, delta)) or 'nothing'}"
+                f"{' without a site' if tree.STACK in delta else ''}"
+            )
+    return [delta[tree.STACK] for delta in deltas]
 
 
 def _rank(factors: Mapping[str, Any]) -> int:
@@ -126,15 +145,18 @@ def products(
 ) -> Params:
     """Task vectors ``s_i A_i B_i`` of the adapted kernels only, stacked [N, L, d_in, d_out].
 
-    A tree with some of the base's paths; every merge of ``leafwise``, ``ties`` and ``dare``
-    copies the others. The global threshold of TIES is then one over the adapted kernels.
+    They are float32 whatever the dtype of the base, as those of ``leafwise.task_vectors``. The
+    tree holds some of the base's paths; every merge of ``leafwise``, ``ties`` and ``dare`` copies
+    the others. The global threshold of TIES is then one over the adapted kernels.
 
     Raises:
-      ValueError: no delta, or a site that the base lacks.
+      ValueError: no delta, one without factors, a scale that is not finite, or a site that the
+        base lacks.
     """
     if not deltas or len(scales) != len(deltas):
         raise ValueError(f"there must be one scale an adapter: {len(deltas)}, got {len(scales)}")
-    stacks = [delta[tree.STACK] for delta in deltas]
+    leafwise.check_finite("scales", list(scales))
+    stacks = _stacks(deltas)
     names = list(dict.fromkeys(name for stack in stacks for name in stack))
     out = {}
     for name in names:
@@ -143,10 +165,10 @@ def products(
         parts = []
         for stack, s in zip(stacks, scales):
             if name not in stack:
-                parts.append(jnp.zeros(kernel.shape, kernel.dtype))
+                parts.append(jnp.zeros(kernel.shape, jnp.float32))
                 continue
             a, b = (stack[name][n].astype(jnp.float32) for n in "ab")
-            parts.append((s * jnp.einsum("lir,lro->lio", a, b)).astype(kernel.dtype))
+            parts.append(s * jnp.einsum("lir,lro->lio", a, b))
         out[path] = jnp.stack(parts)
     return tree.unflatten(out)
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from steppe.train.merge.fisher import check_coef
 from steppe.train.merge.inputs import Report
 from steppe.train.merge.ties import MERGES, Merge, keep_count
 
@@ -101,6 +102,8 @@ def check(method: Method, report: Report) -> None:
         numbers = value if isinstance(value, tuple) else (value,)
         if any(isinstance(x, (int, float)) and not math.isfinite(x) for x in numbers):
             raise ValueError(f"{name} must be finite, got {value}")
+    if isinstance(method, Fisher):
+        check_coef(method.coef)
     lam = inner.lam if isinstance(inner, Ties) else 0.0
     t = method.t if isinstance(method, Slerp) else 0.0
     for name, value in (("lam", lam), ("t", t)):

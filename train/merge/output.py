@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +45,25 @@ class Place(NamedTuple):
     file: str
     offset: int
     nbytes: int
+
+
+@contextlib.contextmanager
+def explained(place: Path) -> Iterator[None]:
+    """Errors of the system that name no file, as those of a write, get ``place`` and the cure.
+
+    Raises:
+      OSError: the same error, in a sentence.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(
+            error.errno,
+            f"{place} cannot be written ({error.strerror}); free some space or raise the limit, "
+            "then the same call goes on",
+        ) from error
 
 
 def lay_out(
@@ -99,7 +118,7 @@ class Output:
       resume: go on with an earlier partial output.
 
     Raises:
-      FileExistsError: ``target`` holds files.
+      FileExistsError: ``target`` holds files, or another process is merging into it.
       OSError: the disk has too little space (ENOSPC); nothing was written then.
       ValueError: a partial output of other inputs, another method or layout lies there.
     """
@@ -125,17 +144,49 @@ class Output:
         self._pending: list[str] = []
         self._unsynced = 0
         self._files: dict[str, int] = {}
-        if not resume and self.folder.exists():
-            shutil.rmtree(self.folder)
-        if (self.folder / JOURNAL).is_file():
-            self._read(run)
-        elif self.folder.exists():
-            shutil.rmtree(self.folder)  # it broke off before its journal began
-        if not self.folder.exists():
-            self._create(headers, totals, run)
-        for file in totals:
-            self._files[file] = os.open(self.folder / file, os.O_RDWR)
+        self._held = -1  # the folder itself, locked
+        try:
+            if self.folder.exists():
+                self._lock()
+                if resume and (self.folder / JOURNAL).is_file():
+                    self._read(run)
+                else:  # not wanted, or it broke off before its journal began
+                    shutil.rmtree(self.folder)
+                    self._release()
+            if not self.folder.exists():
+                self._create(headers, totals, run)
+            for file in totals:
+                self._files[file] = os.open(self.folder / file, os.O_RDWR)
+        except BaseException:
+            self.close()
+            raise
         self.bytes = sum(totals.values())
+
+    def _lock(self) -> None:
+        """Holds the folder for this process until it closes it, or ends.
+
+        Raises:
+          FileExistsError: another process holds it.
+        """
+        try:
+            import fcntl
+        except ImportError:  # a system without locks of this kind
+            return
+        self._held = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(
+                f"another process is merging into {self.target}; wait for it, or choose another "
+                "folder"
+            ) from None
+        except OSError:  # a disk without locks
+            self._release()
+
+    def _release(self) -> None:
+        if self._held >= 0:
+            os.close(self._held)
+        self._held = -1
 
     def _create(
         self, headers: Mapping[str, bytes], totals: Mapping[str, int], run: Mapping[str, Any]
@@ -150,12 +201,14 @@ class Output:
                 f"{free / 1e9:.2f} GB are free; free some space or choose another disk",
             )
         self.folder.mkdir()
+        self._lock()
         try:
-            for file, header in headers.items():
-                with open(self.folder / file, "wb") as stream:
-                    stream.write(header)
-                    stream.truncate(totals[file])
-            self._log({"run": dict(run)})
+            with explained(self.folder):
+                for file, header in headers.items():
+                    with open(self.folder / file, "wb") as stream:
+                        stream.write(header)
+                        stream.truncate(totals[file])
+                self._log({"run": dict(run)})
         except BaseException:
             shutil.rmtree(self.folder, ignore_errors=True)
             raise
@@ -193,7 +246,8 @@ class Output:
     def remember(self, state: Mapping[str, Any]) -> None:
         """Keeps what later tensors depend on, such as thresholds, for a resumed run."""
         self.state = dict(state)
-        self._log({"state": self.state})
+        with explained(self.folder / JOURNAL):
+            self._log({"state": self.state})
 
     def write(self, name: str, start: int, values: np.ndarray) -> None:
         """Writes entries ``start`` onwards of a tensor.
@@ -206,14 +260,8 @@ class Output:
         offset = place.offset + start * values.dtype.itemsize
         view = memoryview(data.data)
         while len(view):
-            try:
+            with explained(self.folder / place.file):
                 written = os.pwrite(self._files[place.file], view, offset)
-            except OSError as error:
-                raise OSError(
-                    error.errno,
-                    f"{self.folder / place.file} cannot be written ({error.strerror}); free some "
-                    "space or raise the limit, then the same call goes on",
-                ) from error
             view, offset = view[written:], offset + written
         self._unsynced += data.nbytes
         self._written[name] = self._written.get(name, 0) + data.nbytes
@@ -234,33 +282,41 @@ class Output:
 
     def sync(self) -> None:
         """Waits for the disk, then tells the journal."""
-        for handle in self._files.values():
-            os.fsync(handle)
-        if self._pending:
-            self._log(*({"tensor": name} for name in self._pending))
+        with explained(self.folder):
+            for handle in self._files.values():
+                os.fsync(handle)
+            if self._pending:
+                self._log(*({"tensor": name} for name in self._pending))
         self._pending, self._unsynced = [], 0
 
     def publish(self) -> Path:
         """Moves the complete folder to its place."""
         self.sync()
-        self.close()
+        self._close_files()
         if len(self._files) > 1:
             total = sum(place.nbytes for place in self.places.values())
             index = {
                 "metadata": {"total_size": total},
                 "weight_map": {name: place.file for name, place in self.places.items()},
             }
-            (self.folder / weights.SHARDED).write_text(json.dumps(index, indent=2), "utf-8")
+            with explained(self.folder / weights.SHARDED):
+                (self.folder / weights.SHARDED).write_text(json.dumps(index, indent=2), "utf-8")
         (self.folder / JOURNAL).unlink()
         if self.target.exists():
             self.target.rmdir()
         self.folder.rename(self.target)
+        self._release()
         return self.target
 
     def close(self) -> None:
-        """Closes the files; what is finished can be taken up again."""
+        """Closes the files and lets go of the folder; what is finished can be taken up again."""
+        self._close_files()
+        self._release()
+
+    def _close_files(self) -> None:
         for handle in self._files.values():
-            os.close(handle)
+            if handle >= 0:
+                os.close(handle)
         self._files = dict.fromkeys(self._files, -1)
 
     def interrupt(self) -> None:
@@ -271,5 +327,5 @@ class Output:
 
     def discard(self) -> None:
         """Removes the partial output."""
-        self.close()
         shutil.rmtree(self.folder, ignore_errors=True)
+        self.close()

@@ -11,6 +11,9 @@ Deviations: the published code counts padding among the n_i tokens and in X; her
 the attention mask hides counts only with ``padding=True``. A singular sum gets a ridge, which
 is added to every G~_i and therefore draws towards the average, not to 0. Solved for is what W
 differs from the average by: equal models give themselves, however badly the sum is conditioned.
+The sum is solved, and found singular, at unit diagonal: the scale of an input is a unit of
+measure, and says nothing about whether its row is known. Rows of inputs that are always 0 are
+averaged.
 
 Gram matrices are collected through the sites of the model (``steppe.models.sites``): a site
 gives what goes into a dense layer. Its value has to leave the scan over the layers, and the one
@@ -36,9 +39,14 @@ from steppe.train.merge import leafwise
 
 Precision: TypeAlias = Literal["auto", "float32", "float64"]
 LARGE = 2000  # inputs of a layer above which the solver works in float64 on the host
-# Of the mean eigenvalue. Grams in float32 have noise of about the first, whatever the solver's
+# At unit diagonal. Grams in float32 have noise of about the first, whatever the solver's
 # precision; the second is far above it.
 SINGULAR, RIDGE = 1e-5, 1e-3
+# A ridge is the same for all inputs as far as it lies within so many times RIDGE of each one's
+# own variance. One ridge leaves, in directions without inputs, exactly the average; but beside
+# an input of a million times the variance it would drown the others.
+SPREAD = 10.0
+TINY = float(np.finfo(np.float32).tiny)
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -212,18 +220,25 @@ def _device(stack: list[jax.Array], kernels: list[jax.Array], a: Any) -> jax.Arr
         right = leafwise.total(
             [jnp.matmul(g, w - mean, precision=HIGHEST) for g, w in zip(shrunk, weights)]
         )
-        scale = jnp.trace(left) / eye.shape[0]
+        variances = jnp.diagonal(left)
+        live = variances >= TINY
+        safe = jnp.where(live, variances, 1.0)
+        unit = jnp.where(live, jax.lax.rsqrt(safe), 0.0)[:, None]
+        whole = left * unit * unit.T + jnp.diag(jnp.where(live, 0.0, 1.0))
+        scaled = right * unit
 
         def solve(factor: jax.Array) -> jax.Array:
-            return mean + jax.scipy.linalg.cho_solve((factor, True), right)
+            return mean + unit * jax.scipy.linalg.cho_solve((factor, True), scaled)
 
-        # The ridge is no part of the right side: r sum_i (W_i - mean) = 0.
-        plain = jnp.linalg.cholesky(left)
+        # The ridge is no part of the right side: sum_i r (W_i - mean) = 0.
+        typical = jnp.exp(jnp.log(safe).sum() / jnp.maximum(live.sum(), 1))
+        ridge = RIDGE * jnp.clip(typical / safe, 1 / SPREAD, SPREAD)
+        plain = jnp.linalg.cholesky(whole)
         pivots = jnp.square(jnp.diagonal(plain))
         return jax.lax.cond(
-            (pivots > SINGULAR * scale).all(),
+            (pivots > SINGULAR).all(),
             lambda: solve(plain),
-            lambda: solve(jnp.linalg.cholesky(left + jnp.where(scale > 0, RIDGE * scale, 1) * eye)),
+            lambda: solve(jnp.linalg.cholesky(whole + ridge * eye)),
         )
 
     return jax.lax.map(layer, (stack, kernels))
@@ -245,14 +260,20 @@ def _host(stack: Sequence[Any], kernels: Sequence[Any], a: float) -> np.ndarray:
             shrunk[diagonal, diagonal] = np.diagonal(np.asarray(gram[number], np.float64))
             left += shrunk
             right += shrunk @ (weight - mean)
-        scale = np.trace(left) / width
+        live = left[diagonal, diagonal] >= TINY
+        safe = np.where(live, left[diagonal, diagonal], 1.0)
+        unit = np.where(live, 1 / np.sqrt(safe), 0.0)[:, None]
+        left *= unit
+        left *= unit.T
+        left[diagonal, diagonal] = 1.0
         try:
             factor = np.linalg.cholesky(left)
-            fine = bool((np.square(np.diagonal(factor)) > SINGULAR * scale).all())
+            fine = bool((np.square(np.diagonal(factor)) > SINGULAR).all())
         except np.linalg.LinAlgError:
             fine = False
         if not fine:
-            left[diagonal, diagonal] += RIDGE * scale if scale > 0 else 1.0
+            typical = np.exp(np.log(safe).sum() / max(live.sum(), 1))
+            left[diagonal, diagonal] += RIDGE * np.clip(typical / safe, 1 / SPREAD, SPREAD)
             factor = np.linalg.cholesky(left)
-        out[number] = mean + linalg.cho_solve((factor, True), right)
+        out[number] = mean + unit * linalg.cho_solve((factor, True), unit * right)
     return out

@@ -38,7 +38,7 @@ from steppe.train.merge.methods import (
     Ties,
     Weighted,
 )
-from steppe.train.merge.output import Output
+from steppe.train.merge.output import Output, explained
 
 __all__ = [
     "Average",
@@ -108,7 +108,7 @@ def merge(
 
     Raises:
       FileNotFoundError: an input is missing.
-      FileExistsError: ``out`` holds files.
+      FileExistsError: ``out`` holds files, or another process is merging into it.
       ValueError: inputs that do not fit together (with a table), settings out of range, NaN or
         infinity in an input (names file and tensor), a partial output of another merge.
       OSError: no space on the disk; nothing was written then, or what was can be resumed.
@@ -121,7 +121,8 @@ def merge(
         heads_.check_name(one.name)
     fishers = open_fishers(method, report)
     layout = {}
-    for name in report.shared:
+    names_ = (*report.shared, *report.copied)
+    for name in names_:
         tensor = report.origin(name).tensors[name]
         layout[tensor.stored] = (tensor.shape, tensor.dtype)
     _check_heads(report)
@@ -139,15 +140,16 @@ def merge(
             output.remember(job.prepare())
         else:
             job.restore(output.state)
-        for number, name in enumerate(report.shared, 1):
+        for number, name in enumerate(names_, 1):
             stored = report.origin(name).tensors[name].stored
             if stored not in output.done:
                 for start, values in job.pieces(name):
                     output.write(stored, start, values)
                 output.finish(stored)
             if progress is not None:
-                progress(number, len(report.shared), name)
-        _beside(output.folder, report, tokenizer)
+                progress(number, len(names_), name)
+        with explained(output.folder):
+            _beside(output.folder, report, tokenizer)
         output.publish()
     except ValueError:
         output.discard()  # the inputs are at fault: nothing of it can be used
@@ -166,6 +168,8 @@ def _beside(folder: Path, report: Report, tokenizer: str | os.PathLike[str] | No
         raw = dict(source.raw)
         family = source.family
         headless = any(name in source.tensors for name in _apart(report))
+        # A head of the base that no model has is not in the output either.
+        headless = headless or bool(report.apart.get(source.name))
         if family is not None and (head_of(source) is not None or headless):
             raw["architectures"] = [family.base]
         (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", "utf-8")

@@ -12,6 +12,7 @@ import pytest
 from steppe.models import Model, ModelOut, tree
 from steppe.train.loop import NonFiniteLoss
 from steppe.train.merge import adaptive, guard
+from steppe.train.merge.concrete import ConcreteConfig
 
 RNG = np.random.default_rng(0)
 THETA0 = {
@@ -236,10 +237,10 @@ def test_a_collapse_of_two_classes_is_noticed_and_an_uneven_task_is_not():
         assert guarded(two_classes(4.0)).notes == ()
 
 
-def guarded(step, **options):
+def guarded(step, names=None, **options):
     return guard.run(
         step, {"n": jnp.int32(0)}, lambda n: None, begin=0, steps=60,
-        guard=guard.Guard(window=10, **options), phase="test",
+        guard=guard.Guard(window=10, **options), phase="test", names=names,
     )  # fmt: skip
 
 
@@ -257,6 +258,58 @@ def test_a_collapse_is_noticed_and_the_state_that_told_most_is_kept():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert guarded(falling(99)).notes == ()
+
+
+def ten_classes(state, batch):
+    """A fake step of a perfect model: four answers, drawn evenly from ten classes."""
+    answers = np.random.default_rng(int(state["n"])).integers(0, 10, 4)
+    counts = np.bincount(answers, minlength=10).astype(float)
+    out = guard.Entropy(np.asarray(0.01), np.asarray([0.01]), (counts / 4,), (counts,))
+    return {"n": state["n"] + 1}, out
+
+
+@pytest.mark.parametrize("steps", [20, 21, 22, 39, 41, 101])
+def test_a_short_rest_is_judged_with_the_steps_before_it(steps):
+    state = {"n": np.int32(0)}
+    options = {"begin": 0, "guard": guard.Guard(window=20), "phase": "test"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = guard.run(ten_classes, state, lambda n: None, steps=steps, **options)
+    assert (found.kept, found.notes) == (steps, ())
+    # The last window by hand.
+    answers = [np.random.default_rng(n).integers(0, 10, 4) for n in range(steps - 20, steps)]
+    share = np.bincount(np.concatenate(answers), minlength=10) / 80
+    used = np.exp(-(share[share > 0] * np.log(share[share > 0])).sum())
+    assert found.windows[-1].classes[0] == pytest.approx(used)
+    assert [w.step for w in found.windows] == [*range(20, steps, 20), steps]
+
+
+def test_a_start_of_one_class_is_told_but_stops_nothing():
+    with pytest.warns(UserWarning, match="first 160 answers to task films, by step 10, are nearly"):
+        found = guarded(falling(0), names=["films"])
+    assert (found.kept, int(found.state["n"]), len(found.notes)) == (60, 60, 1)
+    assert "either the merge had collapsed before the first step" in found.notes[0]
+    # A rare class, and few answers, do not say so much.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert guarded(two_classes(7.0), names=["films"]).notes == ()
+        few = guard.run(
+            falling(0), {"n": jnp.int32(0)}, lambda n: None, begin=0, steps=4,
+            guard=guard.Guard(), phase="test",
+        )  # fmt: skip
+    assert few.notes == ()
+    counts = {0: np.asarray([0.0, 60.0]), 1: np.asarray([0.0, 60.0])}
+    row = guard.Entropy(0, np.zeros(2), (), (np.asarray([1.0, 5.0]), np.asarray([0.0, 5.0])))
+    assert guard._uniform(counts, [row]) == []  # 66 answers are not there yet for the second
+    assert set(counts) == {1}
+    assert guard._uniform(counts, [row]) == [(1, 70)]
+
+
+def test_notes_say_the_names_of_the_tasks():
+    with pytest.warns(UserWarning, match="answers to task films have collapsed by step 40 .task f"):
+        assert "task films uses 1.0" in guarded(falling(30), names=["films"]).notes[0]
+    with pytest.raises(ValueError, match="names must be 1, one a task, got 2: films, books"):
+        guarded(falling(30), names=["films", "books"])
 
 
 def test_nan_on_the_way_keeps_a_state_and_nan_at_once_stops():
@@ -352,6 +405,9 @@ def test_task_vectors_that_do_not_fit_are_named(taus, words):
         (lambda: cfg(steps=-1), "steps must be >= 0"),
         (lambda: cfg(lr=float("nan")), "lr must be >= 0"),
         (lambda: cfg(ties=0.0), "ties must lie in"),
+        (lambda: cfg(lam=float("nan")), "lam must be finite, got nan"),
+        (lambda: ConcreteConfig(lam=float("inf")), "lam must be finite, got inf"),
+        (lambda: ConcreteConfig(init=float("nan")), "init must be finite, got nan"),
         (lambda: adaptive.coefficients(TAUS, "tensor", 0.3), "level must be 'task' or 'layer'"),
         (lambda: guard.Guard(window=0), "window must be >= 1"),
         (lambda: guard.Guard(share=1.0), "share must lie in"),

@@ -1,5 +1,7 @@
 """Fisher merging and RegMean: golden numbers, invariants, and what they are estimated from."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,6 +100,86 @@ def test_positions_of_tokens_add_up_and_regressions_use_their_error():
         merge.diag_fisher(lambda p, b: b["x"] @ p["w"], line, [{"x": x[:, 0]}])
 
 
+def span_oracle(x, w, shown, mode):
+    """The Fisher of a span model x @ w in float64: two softmaxes over the tokens shown."""
+    found, whole = np.zeros_like(w), np.zeros_like(w)
+    for rows, seen in zip(x, shown, strict=True):
+        rows = rows[seen > 0]
+        for end in range(2):
+            p = np.exp(rows @ w[:, end])
+            p /= p.sum()
+            scores = rows - p @ rows  # [T, D], of the end's column
+            found[:, end] += p @ scores**2
+            whole[:, end] += np.sqrt(p) @ scores
+    return found / len(x) if mode == "exact" else whole**2 / len(x)
+
+
+def test_the_fisher_of_a_span_is_that_of_softmaxes_over_the_tokens_shown():
+    rng = np.random.default_rng(4)
+    params = {"w": rng.standard_normal((3, 2)).astype(np.float32)}
+    x = rng.standard_normal((2, 5, 3)).astype(np.float32)
+    shown = np.array([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]])
+    batch = {"x": x, "attention_mask": shown}
+
+    def span(p, batch):
+        return batch["x"] @ p["w"]
+
+    w = params["w"].astype(np.float64)
+    for mode in ("exact", "shortcut"):
+        found = merge.diag_fisher(span, params, [batch], mode, kind="span")["w"]
+        np.testing.assert_allclose(found, span_oracle(x, w, shown, mode), rtol=1e-5)
+    other = merge.diag_fisher(span, params, [batch])["w"]  # of two classes a token
+    assert np.abs(np.asarray(other) - span_oracle(x, w, shown, "exact")).max() > 0.05
+    # What lies behind the mask is never drawn, and does not count.
+    moved = {"x": np.where(shown[..., None] > 0, x, 9.0), "attention_mask": shown}
+    many = {name: np.repeat(value, 500, axis=0) for name, value in moved.items()}
+    found = merge.diag_fisher(span, params, [many], "sampled", chunk=1000, kind="span")["w"]
+    np.testing.assert_allclose(found, span_oracle(x, w, shown, "exact"), atol=0.06)
+    with pytest.raises(ValueError, match=r"needs logits \[B, T, 2\] .*, got \(1, 5, 3\)"):
+        merge.diag_fisher(lambda p, b: b["x"] * p["w"][0, 0], params, [batch], kind="span")
+    with pytest.raises(ValueError, match="kind must be one of classification"):
+        merge.diag_fisher(span, params, [batch], kind="spans")
+
+
+def test_the_encoders_mask_is_not_that_of_the_decoder():
+    params = {"w": np.float32([[0.3, -0.2, 0.5], [0.1, 0.4, -0.6]])}
+    x = np.random.default_rng(5).standard_normal((2, 3, 2)).astype(np.float32)
+    source, target = np.array([[1, 0, 0], [1, 1, 1]]), np.array([[1, 1, 1], [1, 0, 0]])
+    batch = {"x": x, "attention_mask": source}
+
+    def words(p, batch):
+        return batch["x"] @ p["w"]
+
+    wanted = merge.diag_fisher(words, params, [{"x": x, "label_mask": target}])["w"]
+    labels = np.where(target > 0, 2, -100)
+    for more in ({"labels": labels}, {"decoder_attention_mask": target}, {"label_mask": target}):
+        found = merge.diag_fisher(words, params, [{**batch, **more}], kind="seq2seq")["w"]
+        np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    short = merge.diag_fisher(words, params, [batch], "shortcut", kind="seq2seq")["w"]
+    every = merge.diag_fisher(words, params, [{"x": x}], "shortcut")["w"]
+    np.testing.assert_allclose(short, every, rtol=1e-6)  # nothing is known of the decoder
+
+
+def test_weights_that_leave_no_mean_are_refused():
+    from steppe.train.merge import fisher, methods
+
+    thetas, fine = [{"w": np.ones(2, np.float32)}] * 2, {"w": np.ones(2, np.float32)}
+    for coef in ([0, 0], [-1, 2], (1, -1), [float("nan"), 1]):
+        with pytest.raises(ValueError, match="coef must be finite numbers >= 0 with a sum > 0"):
+            merge.fisher_merge(thetas, [fine, fine], coef)
+    with pytest.raises(ValueError, match="coef must be finite numbers >= 0 with a sum > 0, got"):
+        methods.check(methods.Fisher(("a", "b"), (0.0, 0.0)), SimpleNamespace(models=thetas))
+    np.testing.assert_allclose(merge.fisher_merge(thetas, [fine, fine], [0, 2])["w"], 1, atol=1e-6)
+    for bad in (-1.0, np.nan, np.inf):
+        with pytest.raises(ValueError, match="Fisher 1 at 'w' must be finite and >= 0"):
+            merge.fisher_merge(thetas, [fine, {"w": np.float32([1, bad])}])
+    # Under jit nothing is known of traced values, and known ones are read.
+    known = {"w": jnp.ones(2)}
+    traced = jax.jit(lambda f, c: merge.fisher_merge(thetas, [f, known], c))
+    assert jnp.isfinite(traced(fine, jnp.ones(2))["w"]).all()
+    assert fisher.check_coef(None) is None
+
+
 X1 = np.array([[1, 0], [0, 1], [1, 1]], np.float32)
 X2 = np.array([[2, 0], [0, 1], [1, -1]], np.float32)
 W1, W2 = np.eye(2, dtype=np.float32), np.array([[0, 1], [1, 2]], np.float32)
@@ -140,6 +222,30 @@ def test_a_singular_sum_draws_to_the_average(precision):
     gram = np.diag(np.float32([1, 0]))
     found = merge.regmean([{"w": W1}, {"w": W2}], [{"w": gram}] * 2, 1.0, precision=precision)["w"]
     np.testing.assert_allclose(found, (W1 + W2) / 2, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+@pytest.mark.parametrize("large", [1.0, 1e2, 1e3])
+def test_inputs_of_large_variance_and_dead_ones_leave_the_other_rows_alone(large, precision):
+    rng = np.random.default_rng(0)
+    width = 16
+    scale = np.r_[large, large, np.ones(width - 3), 0.0]
+    x = [rng.standard_normal((400, width)) * scale for _ in range(2)]
+    x[1][:, :8] *= 5
+    w = [rng.standard_normal((width, 3)) for _ in range(2)]
+    grams = [rows.T @ rows / 400 for rows in x]
+    shrunk = [0.9 * g + 0.1 * np.diag(np.diag(g)) for g in grams]
+    wanted = np.linalg.lstsq(
+        sum(s[:-1, :-1] for s in shrunk),
+        sum(s[:-1, :-1] @ k[:-1] for s, k in zip(shrunk, w, strict=True)),
+        rcond=None,
+    )[0]
+    found = merge.regmean(
+        [{"w": np.float32(k)} for k in w], [{"w": np.float32(g)} for g in grams],
+        precision=precision,
+    )["w"]  # fmt: skip
+    np.testing.assert_allclose(found[:-1], wanted, atol=2e-3)
+    np.testing.assert_allclose(found[-1], (w[0] + w[1])[-1] / 2, atol=1e-6)
 
 
 def test_bad_grams():

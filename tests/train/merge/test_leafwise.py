@@ -148,6 +148,11 @@ def test_slerp_ends_middle_and_parallel():
     x, y = {"w": np.array([1.0, 0.0], np.float32)}, {"w": np.array([0.0, 1.0], np.float32)}
     np.testing.assert_allclose(merge.slerp(x, y, 0.5)["w"], [0.5**0.5] * 2, atol=1e-6)
     np.testing.assert_allclose(merge.slerp(x, {"w": 3 * x["w"]}, 0.5)["w"], [2, 0], atol=1e-6)
+    # Lengths whose squares leave float32 change nothing.
+    plain = merge.slerp(x, {"w": np.float32([0.0, 1.0])}, 0.5)["w"]
+    for size in (np.float32(1e25), np.float32(1e-25)):
+        far = merge.slerp({"w": size * x["w"]}, {"w": size * np.float32([0.0, 1.0])}, 0.5)["w"]
+        np.testing.assert_allclose(far / size, plain, rtol=1e-6)
     # A stacked leaf is one tensor a layer.
     whole = merge.slerp(a, b, 0.3)["layers"]["kernel"]
     one = merge.slerp(
@@ -206,6 +211,11 @@ def test_bad_input_says_what_is_wrong():
         merge.dare(jax.random.key(0), taus, 1)
     with pytest.raises(ValueError, match="one a task"):
         merge.task_arithmetic(base, taus, [0.1, 0.2, 0.3])
+    for lam in (float("nan"), [0.1, float("inf")], np.array([0.1, np.nan])):
+        with pytest.raises(ValueError, match="lam must be finite, got"):
+            merge.task_arithmetic(base, taus, lam)
+    with pytest.raises(ValueError, match="t must be finite, got nan"):
+        merge.slerp(*trees, float("nan"))
     with pytest.raises(ValueError, match="which the base lacks"):
         merge.task_arithmetic({"x": base["head"]}, taus, 0.3)
     with pytest.raises(ValueError, match="tasks on axis 0"):

@@ -91,6 +91,28 @@ def test_bad_adapters(params):
         lowrank.concatenated([deltas[0], other], scales)
 
 
+def test_adapters_without_factors_and_numbers_that_are_not_finite_are_refused(params):
+    _, deltas, scales = adapters(params)
+    with pytest.raises(ValueError, match="adapter 0 must hold LoRA factors .* 'layers' without a"):
+        lowrank.concatenated([{"layers": {}}], [1.0])
+    with pytest.raises(ValueError, match="adapter 1 must hold LoRA factors .* got nothing"):
+        lowrank.concatenated([deltas[0], {}], [1.0, 1.0])
+    with pytest.raises(ValueError, match="adapter 0 must hold LoRA factors under 'layers', got 'x"):
+        lowrank.products(params, [{"x": {}}], [1.0])
+    with pytest.raises(ValueError, match=r"coefficients must be finite, got \[nan, 1.0\]"):
+        lowrank.concatenated(deltas, scales, [float("nan"), 1.0])
+    with pytest.raises(ValueError, match="scales must be finite"):
+        lowrank.products(params, deltas, [float("inf"), 1.0])
+
+
+def test_products_are_not_rounded_to_the_dtype_of_the_base(params):
+    _, deltas, scales = adapters(params)
+    low = lowrank.products(tree.cast(params, jnp.bfloat16), deltas, scales)
+    full = lowrank.products(params, deltas, scales)
+    assert {x.dtype for x in jax.tree.leaves(low)} == {jnp.dtype(jnp.float32)}
+    close(low, full, 0)
+
+
 def multihead(params):
     models = {}
     for number, kind in enumerate((HeadConfig("classification", 3), HeadConfig("token", 4))):
