@@ -76,9 +76,9 @@ def one_task(
             raise ValueError(f"task={task!r}, but the model answers one task alone; leave it out")
         return loaded
     what = joined.read(loaded.model, names)
-    seen = () if task else set(classes())
-    fits = [name for name, own in what.classes.items() if set(seen) <= set(own)]
-    if not task and set(seen) <= set(names):
+    seen = set() if task else set(classes())
+    fits = [name for name, own in what.classes.items() if seen <= set(own)]
+    if not task and seen <= set(names):
         return loaded  # data whose labels say the task themselves
     if not task and len(fits) != 1:
         known = "; ".join(f"{name}: {', '.join(own)}" for name, own in what.classes.items())

@@ -102,16 +102,7 @@ class Torch(sides.Torch):
 
         config = getattr(peft, kind)(task_type=peft.TaskType.SEQ_CLS, **settings)
         self._model = peft.get_peft_model(self._model, config).eval()
-        live = [p for p in self._model.parameters() if p.requires_grad]
-        o = self.optimizer
-        self._optimizer = self._torch.optim.AdamW(
-            live,
-            lr=o["learning_rate"],
-            betas=(o["b1"], o["b2"]),
-            eps=o["eps"],
-            weight_decay=o["weight_decay"],
-            fused=True,
-        )
+        self._optimize(p for p in self._model.parameters() if p.requires_grad)
 
     def trained(self) -> int:
         """Number of trained parameters."""

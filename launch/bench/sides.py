@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -141,9 +141,12 @@ class Torch(_Side):
             .from_pretrained(directory, attn_implementation="sdpa", dtype=torch.float32)
             .eval()
         )
+        self._optimize(self._model.parameters())
+
+    def _optimize(self, parameters: Iterable[Any]) -> None:
         o = self.optimizer
-        self._optimizer = torch.optim.AdamW(
-            self._model.parameters(),
+        self._optimizer = self._torch.optim.AdamW(
+            parameters,
             lr=o["learning_rate"],
             betas=(o["b1"], o["b2"]),
             eps=o["eps"],

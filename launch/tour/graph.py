@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from steppe.launch import outputs
+from steppe.train import locks
 
-STAGES, FILE, LOCK = "stages", "stage.json", ".lock"
+STAGES, FILE = "stages", "stage.json"
 LENGTH = 12
 Result: TypeAlias = dict[str, Any]
 
@@ -180,20 +181,17 @@ def alone(root: Path) -> Iterator[None]:
     Raises:
       BlockingIOError: another process works in it.
     """
-    try:
-        import fcntl
-    except ImportError:  # a system without locks of this kind
-        yield
-        return
     root.mkdir(parents=True, exist_ok=True)
-    with (root / LOCK).open("w") as held:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BlockingIOError(
-                f"another process works in {root}; wait for it, or choose another --out"
-            ) from None
+    try:
+        held = locks.hold(root)
+    except BlockingIOError:
+        raise BlockingIOError(
+            f"another process works in {root}; wait for it, or choose another --out"
+        ) from None
+    try:
         yield
+    finally:
+        locks.release(held)
 
 
 def digest(value: Any) -> str:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from steppe.models import weights
+from steppe.train import locks
 
 JOURNAL = "journal.jsonl"
 SYNC = 64 << 20  # bytes written between two waits for the disk
@@ -144,7 +145,7 @@ class Output:
         self._pending: list[str] = []
         self._unsynced = 0
         self._files: dict[str, int] = {}
-        self._held = -1  # the folder itself, locked
+        self._held = locks.NOTHING  # the folder itself
         try:
             if self.folder.exists():
                 self._lock()
@@ -169,24 +170,16 @@ class Output:
           FileExistsError: another process holds it.
         """
         try:
-            import fcntl
-        except ImportError:  # a system without locks of this kind
-            return
-        self._held = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._held = locks.hold(self.folder)
         except BlockingIOError:
             raise FileExistsError(
                 f"another process is merging into {self.target}; wait for it, or choose another "
                 "folder"
             ) from None
-        except OSError:  # a disk without locks
-            self._release()
 
     def _release(self) -> None:
-        if self._held >= 0:
-            os.close(self._held)
-        self._held = -1
+        locks.release(self._held)
+        self._held = locks.NOTHING
 
     def _create(
         self, headers: Mapping[str, bytes], totals: Mapping[str, int], run: Mapping[str, Any]
