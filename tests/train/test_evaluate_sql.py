@@ -247,6 +247,24 @@ def test_an_attack_ends_as_an_error(executor, database, tmp_path, name):
     assert executor.run(database, "SELECT count(*) FROM people").rows == [(6,)]
 
 
+def test_the_time_to_start_is_not_given_to_the_first_query(database, monkeypatch):
+    asked = []
+
+    class Executor(sql.Executor):
+        def _ask(self, request, seconds):
+            asked.append(seconds)
+            return super()._ask(request, seconds)
+
+    with Executor(sql.Limits(seconds=0.5)) as executor:
+        for number in (1, 2):
+            assert executor.run(database, f"SELECT {number}").rows == [(number,)]
+    assert asked == [sql.START, 0.5 + sql.GRACE, 0.5 + sql.GRACE]
+
+    monkeypatch.setattr(sql.sys, "executable", "/bin/false")
+    with sql.Executor() as executor, pytest.raises(OSError, match="did not start: /bin/false"):
+        executor.run(database, "SELECT 1")
+
+
 def test_one_process_serves_many_queries_and_is_replaced_when_killed(database):
     with sql.Executor(sql.Limits(seconds=0.2)) as executor:
         for number in range(20):

@@ -142,10 +142,9 @@ class Executor:
             raise FileNotFoundError(f"no database at {file}; see sql_database.build")
         request = json.dumps({"database": str(file), "query": query})
         with self._lock:
-            fresh = self._process is None or self._process.poll() is not None
-            if fresh:
+            if self._process is None or self._process.poll() is not None:
                 self._start()
-            answer = self._ask(request, self.limits.seconds + GRACE + (START if fresh else 0.0))
+            answer = self._ask(request, self.limits.seconds + GRACE)
         if answer is None:
             return Outcome(None, error="the process was killed: it took too long or too much")
         found = json.loads(answer)
@@ -193,7 +192,9 @@ class Executor:
         args = (self._process.stdout, self._answers)
         self._listener = threading.Thread(target=_listen, args=args, daemon=True)
         self._listener.start()
-        self._send(json.dumps(dataclasses.asdict(self.limits)))
+        # The time to start is not the query's: it waits until the worker says that it is there.
+        if self._ask(json.dumps(dataclasses.asdict(self.limits)), START) is None:
+            raise OSError(f"the process that runs SQL did not start: {sys.executable} {worker}")
 
     def _ask(self, request: str, seconds: float) -> str | None:
         """The answer; None if the process died or had to be killed."""

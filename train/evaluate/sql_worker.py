@@ -1,5 +1,7 @@
 """The process that runs untrusted SQL: one line of JSON in, one line of JSON out.
 
+The first line in holds the limits, and "ready" is the answer to it.
+
 Run as a script by ``sql.Executor``, never imported by the package; it needs the standard library
 alone. What a query may do:
 
@@ -49,6 +51,7 @@ def main() -> None:
     """Serves requests until standard input ends."""
     settings = json.loads(sys.stdin.readline())
     confine(settings)
+    print("ready", flush=True)
     opened: dict[str, sqlite3.Connection] = {}
     for line in sys.stdin:
         request = json.loads(line)
