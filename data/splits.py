@@ -44,6 +44,11 @@ def by_hash(
 
     Raises:
       DataError: bad fractions, two records with one id, or a split that would be empty.
+
+    Example:
+      >>> parts = by_hash([{"id": f"review {i}"} for i in range(100)])
+      >>> {name: len(records) for name, records in parts.items()}  # shares, not quotas
+      {'train': 83, 'valid': 10, 'test': 7}
     """
     shares = dict(DEFAULT if fractions is None else fractions)
     wrong = {name: share for name, share in shares.items() if not 0 < share <= 1}

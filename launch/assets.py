@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 
+from steppe.data.errors import unknown
 from steppe.launch import prose
 
 CONSENT = "--accept-licence"
+ACTIONS = ("list", "fetch", "check")
 USAGE = f"""\
 usage: steppe assets list              what there is, its licence, and what is in the cache
        steppe assets fetch NAME ... [{CONSENT}]
@@ -37,6 +39,8 @@ def main(args: list[str]) -> int:
         return 0
     if wrong or (accepted and action != "fetch"):
         print(f"steppe assets {action}: unknown option {(wrong or [CONSENT])[0]}", file=sys.stderr)
+    elif action not in ACTIONS:
+        raise ValueError(unknown("action of steppe assets", action, ACTIONS))
     elif action == "list" and not names:
         return _list()
     elif action == "fetch" and names:

@@ -17,7 +17,7 @@ import numpy as np
 from steppe.data import chat
 from steppe.data.text import Tokenizer
 from steppe.launch import generate, opening, writing
-from steppe.launch.config import ChatConfig
+from steppe.launch.sampling import ChatConfig
 
 HELP = "/reset forgets the conversation, /system TEXT sets the system message, /quit ends"
 

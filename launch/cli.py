@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from steppe.data import errors
-from steppe.launch import options, usage
+from steppe.launch import help, options, usage
 
 _parse, _unknown = options.parse, errors.unknown
 
@@ -120,16 +120,10 @@ def _dispatch(args: list[str]) -> int:
         "completion": lambda words: _completion(words, list(commands)),
         "bench": _bench,
     }
+    if len(args) > 1 and args[0] in ("-h", "--help", "help"):
+        args = [args[1], "--help", *args[2:]]
     if not args or args[0] in ("-h", "--help", "help"):
-        from steppe.launch.distill.recipes import RECIPES as DISTILLATIONS
-        from steppe.launch.recipes import COMPARISONS, RECIPES
-
-        named: dict[str, Mapping[str, Any]] = {
-            "finetune": RECIPES,
-            "distill": DISTILLATIONS,
-            "compare": COMPARISONS,
-        }
-        print(usage.show(named))
+        print(usage.show())
         return 0 if args else 2
     if args[0] == "--version":
         from steppe.launch.machine import versions
@@ -241,7 +235,7 @@ def _merge(args: list[str]) -> int:
 
     named = list(itertools.takewhile(lambda word: not word.startswith("-"), args))
     rest = args[len(named) :]
-    if named:
+    if named and help.asked(rest) is None:
         method, base, models = named[0], named[1:2], named[2:]
         if method not in METHODS:
             raise ValueError(_unknown("method", method, METHODS))
@@ -301,7 +295,7 @@ def _evaluate(args: list[str]) -> int:
 
 
 def _generate(args: list[str]) -> int:
-    from steppe.launch.config import GenerateConfig
+    from steppe.launch.sampling import GenerateConfig
 
     config = _parse(GenerateConfig, _model_first(args), "generate")
     _named(config.model, "generate")
@@ -312,7 +306,7 @@ def _generate(args: list[str]) -> int:
 
 
 def _chat(args: list[str]) -> int:
-    from steppe.launch.config import ChatConfig
+    from steppe.launch.sampling import ChatConfig
 
     config = _parse(ChatConfig, _model_first(args), "chat")
     _named(config.model, "chat")
@@ -381,6 +375,8 @@ def _plan(args: list[str]) -> int:
 
 
 def _overlays(args: list[str]) -> int:
+    if args and args[0] not in ("list", "-h", "--help"):
+        raise ValueError(_unknown("action of steppe overlays", args[0], ["list"]))
     if args != ["list"]:
         print("usage: steppe overlays list")
         return 0 if args and args[0] in ("-h", "--help") else 2

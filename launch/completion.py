@@ -1,11 +1,13 @@
 """``steppe completion bash|zsh|fish``: a script for the shell, which asks this program for words.
 
-  eval "$(steppe completion bash)"          in ~/.bashrc; zsh the same in ~/.zshrc
+  eval "$(steppe completion bash)"          in ~/.bashrc (bash 4 or newer)
+  eval "$(steppe completion zsh)"           in ~/.zshrc, below compinit
   steppe completion fish | source           in ~/.config/fish/config.fish
 
 Commands, recipes, methods, assets, shapes, overlays, options and the values of options that have
-few are completed; elsewhere the shell completes files. What stands behind the options of
-``launch``, and behind ``--`` of ``submit``, is completed as a command of its own.
+few are completed, and what begins with ``asset:``; elsewhere the shell completes files. What
+stands behind the options of ``launch``, and behind ``--`` of ``submit``, is completed as a
+command of its own.
 """
 
 from __future__ import annotations
@@ -15,8 +17,10 @@ import importlib
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from steppe.data.errors import unknown
 
 WORDS = "--words"
 USAGE = "usage: steppe completion bash|zsh|fish      prints a script; see its first lines\n"
@@ -31,12 +35,17 @@ OPTIONS = {
     "blackbox": "steppe.launch.blackbox.settings:BlackboxConfig",
     "continual": "steppe.launch.continual.settings:ContinualConfig",
     "evaluate": "steppe.launch.config:EvaluateConfig",
-    "generate": "steppe.launch.config:GenerateConfig",
-    "chat": "steppe.launch.config:ChatConfig",
+    "generate": "steppe.launch.sampling:GenerateConfig",
+    "chat": "steppe.launch.sampling:ChatConfig",
     "plan": "steppe.launch.plan.settings:PlanConfig",
     "sharpness": "steppe.launch.sharpness:SharpnessConfig",
     "submit": "steppe.launch.pods.submit:SubmitConfig",
 }
+# Roles of assets, the options that take them, and the commands that begin with a model.
+DATA, WEIGHTS = "data", "weights"
+MODELS = {"--model", "--teacher", "--student", "--base", "--models"}
+NAMES_MODELS = {"quantize", "merge", "evaluate", "generate", "chat", "plan"}
+SOURCES = {"--data.source", "--data", "--tasks", "--elsewhere", "--sources", "--transfer"}
 # Those of ``launch``, which reads them itself.
 LAUNCH: dict[str, tuple[str, ...]] = {
     "--local-processes": (),
@@ -48,17 +57,28 @@ SCRIPTS = {
     "bash": """\
 # eval "$(steppe completion bash)"
 _steppe() {
-  local found
+  # bash 4 or newer. Where it takes ":" and "=" for the ends of words, "asset:NAME" and "--on=NAME"
+  # are read whole, and only what follows the last of them is replaced.
+  local line=${COMP_LINE:0:COMP_POINT} words last found ends=""
+  if [[ $COMP_WORDBREAKS == *:* ]]; then ends+=":"; fi
+  if [[ $COMP_WORDBREAKS == *=* ]]; then ends+="="; fi
+  read -ra words <<< "$line"
+  if [[ $line == *[[:space:]] ]]; then words+=(""); fi
+  last=${words[-1]}
   COMPREPLY=()
-  found=$(steppe completion --words "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null)
+  found=$(steppe completion --words "${words[@]:1}" 2>/dev/null)
   if [ -n "$found" ]; then
-    mapfile -t COMPREPLY < <(compgen -W "$found" -- "${COMP_WORDS[COMP_CWORD]}")
+    mapfile -t COMPREPLY < <(compgen -W "$found" -- "$last")
+    if [[ -n $ends && $last == *[$ends]* ]]; then
+      COMPREPLY=("${COMPREPLY[@]#"${last%"${last##*[$ends]}"}"}")
+    fi
+    case ${COMPREPLY[*]} in *: | */) compopt -o nospace 2>/dev/null ;; esac
   fi
 }
 complete -o default -o nosort -F _steppe steppe
 """,
     "zsh": """\
-# eval "$(steppe completion zsh)"
+# autoload -Uz compinit && compinit; eval "$(steppe completion zsh)"
 _steppe() {
   local -a found
   found=(${(f)"$(steppe completion --words "${words[@]:1:$((CURRENT-1))}" 2>/dev/null)"})
@@ -86,6 +106,8 @@ def main(args: list[str], commands: Sequence[str]) -> int:
         print(SCRIPTS[args[0]], end="")
         return 0
     asked = args in (["-h"], ["--help"])
+    if len(args) == 1 and not asked:
+        raise ValueError(unknown("shell", args[0], SCRIPTS))
     print(USAGE, end="", file=sys.stdout if asked else sys.stderr)
     return 0 if asked else 2
 
@@ -100,22 +122,47 @@ def candidates(words: Sequence[str], commands: Sequence[str]) -> list[str]:
     inner = _inner(words)
     if inner is not None:
         return _starting(last, RANKS) if len(inner) == 1 else candidates(inner, RANKS)
-    options = _options(command)
+    options = _options(*before[:2])
+    flag, is_set, value = last.partition("=")
+    if last.startswith("-") and is_set:
+        return [f"{flag}={word}" for word in _of_option(flag, value, options)]
     if last.startswith("-"):
         return _starting(last, [*options, "--help"])
-
-    def values(flag: str) -> list[str]:
-        few = VALUES[flag]() if flag in VALUES and flag in options else options.get(flag, ())
-        return _starting(last, few)
-
     if before[-1] in options:
-        return values(before[-1])
+        return _of_option(before[-1], last, options)
     # Values of an option that takes several stand between it and the word.
     flags = [number for number, word in enumerate(before) if word.startswith("-")]
     if flags:
-        return values(before[flags[-1]])
+        return _of_option(before[flags[-1]], last, options)
     place = (command, len(before))
-    return _starting(last, PLACES[place]()) if place in PLACES else []
+    if place in PLACES:
+        return _starting(last, PLACES[place]())
+    return _addresses(last, WEIGHTS) if command in NAMES_MODELS else []
+
+
+def _of_option(flag: str, last: str, options: Mapping[str, tuple[str, ...]]) -> list[str]:
+    """Values of ``flag`` that begin with ``last``."""
+    few = VALUES[flag]() if flag in VALUES and flag in options else options.get(flag, ())
+    if few or flag not in {*SOURCES, *MODELS}:
+        return _starting(last, few)
+    return _addresses(last, DATA if flag in SOURCES else WEIGHTS)
+
+
+def _addresses(last: str, role: str) -> list[str]:
+    """What ``asset:`` may be followed by; nothing where ``last`` is not its beginning, of three
+    letters at least: files begin with "a" too."""
+    scheme = "asset:"
+    if len(last) < 3 or not (last.startswith(scheme) or scheme.startswith(last)):
+        return []
+    from steppe.data import assets
+    from steppe.data.assets import readers
+
+    names = (
+        list(readers.PARTS)
+        if role == DATA
+        else [asset.name for asset in assets.list() if asset.role == WEIGHTS]
+    )
+    return _starting(last, [f"{scheme}{name}" for name in names])
 
 
 def _inner(words: Sequence[str]) -> Sequence[str] | None:
@@ -136,11 +183,24 @@ def _starting(start: str, words: Sequence[str]) -> list[str]:
     return [word for word in words if word.startswith(start)]
 
 
-def _options(command: str) -> dict[str, tuple[str, ...]]:
-    """Option -> its values where they are few, else ()."""
+def _options(command: str, word: str = "") -> dict[str, tuple[str, ...]]:
+    """Option -> its values where they are few, else (); ``word`` stands behind the command."""
     where = OPTIONS.get(command)
     if command == "launch":
         return LAUNCH
+    if command == "assets":
+        from steppe.launch.assets import CONSENT
+
+        return {CONSENT: ()} if word == "fetch" else {}
+    if command == "compare":
+        from steppe.launch.recipes import COMPARISONS
+
+        if word in COMPARISONS:
+            return dict(_fields(type(COMPARISONS[word]())))
+    if command == "bench":
+        from steppe.launch.bench.cli import BENCHES
+
+        where = ":".join(BENCHES[word]) if word in BENCHES else None
     if where is None:
         return {}
     module, _, name = where.partition(":")
@@ -158,17 +218,17 @@ def _fields(kind: Any, prefix: str = "") -> list[tuple[str, tuple[str, ...]]]:
             negative = f"{prefix}no-{one.name}".replace("_", "-")
             found += [(f"--{flag}", ()), (f"--{negative}", ())]
         else:
-            found.append((f"--{flag}", _values(hint)))
+            found.append((f"--{flag}", choices(hint)))
     return found
 
 
-def _values(hint: Any) -> tuple[str, ...]:
+def choices(hint: Any) -> tuple[str, ...]:
     """The values of a Literal, also inside a tuple or beside None."""
     origin = typing.get_origin(hint)
     if origin is typing.Literal:
         return tuple(str(value) for value in typing.get_args(hint))
     if origin in (tuple, typing.Union, types.UnionType):
-        return tuple(v for part in typing.get_args(hint) for v in _values(part))
+        return tuple(v for part in typing.get_args(hint) for v in choices(part))
     return ()
 
 

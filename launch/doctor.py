@@ -60,8 +60,9 @@ class Look:
 def main(args: list[str]) -> int:
     """Prints all looks; the status is 1 where something is broken."""
     if args:
-        print("usage: steppe doctor      (no options)", file=sys.stderr if args != ["-h"] else None)
-        return 0 if args in (["-h"], ["--help"]) else 2
+        asked = args in (["-h"], ["--help"])
+        print("usage: steppe doctor      (no options)", file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -226,7 +227,7 @@ def _assets() -> Iterator[Look]:
         yield Look("assets here", ", ".join(here))
     if absent:
         # What the first command of the README reads.
-        first = [name for name in ("minilm-l6", "vader") if name in absent]
+        first = [name for name in ("minilm-l6", "vader", "sarcasm") if name in absent]
         cure = f"steppe assets fetch {' '.join(first)}" if first else "steppe assets fetch NAME"
         yield Look("assets absent", ", ".join(absent), "note", cure)
     if damaged:

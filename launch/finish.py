@@ -16,6 +16,7 @@ from steppe.launch.pieces import Pieces
 from steppe.launch.pods import rank
 from steppe.launch.report import running
 from steppe.models import pretrained, tree
+from steppe.models.model import Model
 from steppe.models.overlays.overlay import OVERLAY
 from steppe.train import evaluate, mesh
 from steppe.train.types import Params, TrainState
@@ -123,20 +124,33 @@ def export(
             inputs["labels"] = np.asarray(batch["labels"])
         merged = pieces.overlay.merged(pieces.loaded.model, params, inputs)
         params, difference = merged.params, merged.largest_difference
-    params = on_host(params, pieces.plan)
-    if not rank.lead():
-        return difference
-    own = pieces.origin.tokenizer
-    pretrained.save(
-        target,
-        pieces.loaded.model,
-        params,
-        labels=labels,
-        tokenizer_dir=own if own.is_dir() and pieces.data.tokenizer is not None else None,
-    )
-    if own.is_file() and pieces.data.tokenizer is not None:  # inside a file of weights
-        pieces.data.tokenizer.save(target)
+    own, tokenizer = pieces.origin.tokenizer, pieces.data.tokenizer
+    save(target, pieces.loaded.model, params, pieces.plan, labels, own, tokenizer)
     return difference
+
+
+def save(
+    target: Path,
+    model: Model,
+    params: Params,
+    plan: mesh.MeshPlan,
+    labels: Sequence[str] | None,
+    own: Path,
+    tokenizer: Any,
+) -> None:
+    """Writes a Hugging Face folder with its tokenizer, on the first process; all must call it.
+
+    Args:
+      own: where the tokenizer came from: a folder, or a file of weights.
+      tokenizer: None = the model reads no text.
+    """
+    params = on_host(params, plan)
+    if not rank.lead():
+        return
+    folder = own if own.is_dir() and tokenizer is not None else None
+    pretrained.save(target, model, params, labels=labels, tokenizer_dir=folder)
+    if own.is_file() and tokenizer is not None:  # inside a file of weights
+        tokenizer.save(target)
 
 
 def on_host(params: Params, plan: mesh.MeshPlan) -> Params:

@@ -14,7 +14,7 @@ import numpy as np
 from steppe.data import chat, files
 from steppe.data.text import Tokenizer
 from steppe.launch import opening, outputs, writing
-from steppe.launch.config import ChatConfig, GenerateConfig, SamplingConfig
+from steppe.launch.sampling import ChatConfig, GenerateConfig, SamplingConfig
 from steppe.models.decoding import Settings
 
 

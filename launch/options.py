@@ -18,9 +18,13 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from steppe.data.errors import near
 from steppe.launch import prose
 
 _SECTION = "Attributes:\n"
+_CHOICE = re.compile(r"(invalid choice '([^']*)' for argument '[^']*')\. (Expected one of (.*))")
+# Lines of boxes, and colours.
+_FRAME = re.compile(r"[\u2500-\u259f]|\x1b\[[0-9;]*m")
 _ELSEWHERE = re.compile(r"as in `steppe (\w+)`\.")
 
 
@@ -37,14 +41,17 @@ def parse(kind: Any, args: list[str], prog: str, default: Any = None) -> Any:
       ValueError: an unknown option, a value of the wrong form or out of range; one line.
       SystemExit: the help was shown.
     """
+    from steppe.launch import help
+
+    words = help.asked(args)
+    if words is not None:
+        print(help.show(kind, prog, words, default))
+        raise SystemExit(0)
     import tyro
 
     registry = tyro.constructors.ConstructorRegistry()
     registry.struct_rule(_fields)
     options: dict[str, Any] = {} if default is None else {"default": default}
-    if {"-h", "--help"} & set(args):
-        # The parser prints a description as it is, in lines of any length.
-        print(about(kind), end="\n\n")
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), registry:
@@ -59,7 +66,7 @@ def parse(kind: Any, args: list[str], prog: str, default: Any = None) -> Any:
 
 def _one_line(box: str) -> str:
     """What the parser says in a box of several lines."""
-    lines = [re.sub(r"[^\w\s\-.,:;'\"=()\[\]{}/|<>+*]", "", line) for line in box.split("\n")]
+    lines = [_FRAME.sub("", line) for line in box.split("\n")]
     # Rules may be drawn in dashes; options begin with two of them.
     lines = [re.sub(r"-{3,}", " ", line).strip(" |") for line in lines]
     words = " ".join(" ".join(lines).split())
@@ -69,7 +76,14 @@ def _one_line(box: str) -> str:
     words = re.sub(r"^(Invalid choice|Missing argument)\s+(?=invalid|Missing)", "", words)
     words = re.sub(r"^Error parsing (\w+: )?", "", words)
     words = re.split(r" For full helptext| Argument helptext", words)[0].rstrip(". ")
-    return re.sub(r" (?=Perhaps you meant:|Arguments similar to --)", ". ", words)
+    words = re.sub(r" (?=Perhaps you meant:|Arguments similar to --)", ". ", words)
+    return _CHOICE.sub(_suggested, words)
+
+
+def _suggested(said: re.Match[str]) -> str:
+    """A choice that is none, with the nearest one."""
+    nearest = near(said[2], re.findall("'([^']*)'", said[4]))
+    return f"{said[1]}{nearest or ';'} {said[3][0].lower()}{said[3][1:]}"
 
 
 def _fields(info: Any) -> Any:
@@ -81,26 +95,29 @@ def _fields(info: Any) -> Any:
         return None
     types = typing.get_type_hints(kind, include_extras=True)
 
-    def default(field: dataclasses.Field[Any]) -> Any:
-        if dataclasses.is_dataclass(info.default):
-            return getattr(info.default, field.name)
-        if field.default is not dataclasses.MISSING:
-            return field.default
-        if field.default_factory is not dataclasses.MISSING:
-            return field.default_factory()
-        return MISSING_NONPROP
-
     fields = tuple(
         StructFieldSpec(
             name=field.name,
             type=types[field.name],
-            default=default(field),
+            default=default_of(field, info.default, MISSING_NONPROP),
             # Looked up when it is shown.
             helptext=functools.partial(_explanation, kind, field.name),
         )
         for field in dataclasses.fields(kind)
     )
     return StructConstructorSpec(instantiate=typing.cast(Any, kind), fields=fields)
+
+
+def default_of(field: dataclasses.Field[Any], given: Any, missing: Any = None) -> Any:
+    """The value of a setting that is not said: that of ``given`` where it is an instance, else
+    the class's own; ``missing`` where there is none."""
+    if dataclasses.is_dataclass(given):
+        return getattr(given, field.name)
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return missing
 
 
 def about(kind: type) -> str:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from steppe.data.errors import near
 from steppe.launch import prose, setup
 from steppe.models import pretrained, tree
 from steppe.models.heads import HeadConfig
@@ -130,7 +131,9 @@ def parse(texts: Sequence[str]) -> Overlay:
     for text in texts:
         name, _, rest = text.partition(":")
         if name not in KNOWN:
-            raise ValueError(f"overlay must be one of {', '.join(KNOWN)}, got {name!r}")
+            raise ValueError(
+                f"overlay must be one of {', '.join(KNOWN)}, got {name!r}{near(name, KNOWN)}"
+            )
         known = settings_of(name)
         values: dict[str, Any] = {}
         for part in filter(None, rest.split(",")):
@@ -139,7 +142,7 @@ def parse(texts: Sequence[str]) -> Overlay:
             if not equals or key not in known or key in values:
                 raise ValueError(
                     f"overlay has {part!r} in {text!r}; it must be SETTING=VALUE with one of "
-                    f"{', '.join(known)}, each once"
+                    f"{', '.join(known)}, each once{near(key, known)}"
                 )
             values[key] = _value(key, value, known[key], text)
         if KNOWN[name] is fixed_prefixes and not values.get("folders"):

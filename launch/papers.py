@@ -15,12 +15,15 @@ class Paper:
       function: dotted public function; its module's docstring holds equations, reference and
         deviations.
       command: the command that shows it; empty for what is used from Python only.
+      baseline: not one of the systems that steppe sets out to implement, but what they are
+        compared with.
     """
 
     name: str
     title: str
     function: str
     command: str = ""
+    baseline: bool = False
 
 
 PAPERS = (
@@ -37,9 +40,23 @@ PAPERS = (
     ),
     Paper(
         "sam",
-        "SAM, ASAM, GSAM: sharpness-aware minimisation (Foret et al., ICLR 2021)",
+        "SAM: sharpness-aware minimisation (Foret et al., ICLR 2021)",
         "steppe.optim.sam.sam",
         "steppe finetune vader-movies --sharpness sam",
+    ),
+    Paper(
+        "asam",
+        "ASAM: SAM in a ball that does not depend on scale (Kwon et al., ICML 2021)",
+        "steppe.optim.sam.asam",
+        "steppe finetune vader-movies --sharpness asam",
+        baseline=True,
+    ),
+    Paper(
+        "gsam",
+        "GSAM: the surrogate gap (Zhuang et al., ICLR 2022)",
+        "steppe.optim.sam.gsam",
+        "steppe finetune vader-movies --sharpness gsam",
+        baseline=True,
     ),
     Paper(
         "looksam",
@@ -166,6 +183,34 @@ PAPERS = (
         "steppe blackbox --method bbtv2",
     ),
     Paper(
+        "average",
+        "Averaging weights: model soups (Wortsman et al., ICML 2022)",
+        "steppe.train.merge.leafwise.average",
+        "steppe merge average BASE RUN RUN",
+        baseline=True,
+    ),
+    Paper(
+        "task-arithmetic",
+        "Task arithmetic (Ilharco et al., ICLR 2023)",
+        "steppe.train.merge.leafwise.task_arithmetic",
+        "steppe merge task-arithmetic BASE RUN RUN",
+        baseline=True,
+    ),
+    Paper(
+        "fisher",
+        "Fisher merging (Matena and Raffel, NeurIPS 2022)",
+        "steppe.train.merge.fisher.fisher_merge",
+        "steppe merge fisher BASE RUN RUN",
+        baseline=True,
+    ),
+    Paper(
+        "regmean",
+        "RegMean (Jin et al., ICLR 2023)",
+        "steppe.train.merge.regmean.regmean",
+        "steppe merge regmean BASE RUN RUN",
+        baseline=True,
+    ),
+    Paper(
         "ties",
         "TIES merging (Yadav et al., NeurIPS 2023)",
         "steppe.train.merge.ties.ties",
@@ -187,7 +232,7 @@ PAPERS = (
         "concrete",
         "Concrete subspace learning (Tang et al., 2023)",
         "steppe.train.merge.concrete.concrete_adamerging",
-        "steppe compare merging",
+        "steppe merge concrete-adamerging BASE RUN RUN",
     ),
     Paper(
         "kd",
@@ -211,7 +256,7 @@ PAPERS = (
         "kid",
         "KID: imperfect data (Zhong et al., Findings of EMNLP 2024)",
         "steppe.train.distill.kid.kid",
-        "steppe distill smollm2-cut --scheme kid",
+        "steppe distill spider-cut",
     ),
     Paper(
         "dwt",
@@ -223,11 +268,19 @@ PAPERS = (
         "ctcd",
         "CTCD: co-training and co-distillation (Lee et al., Findings of EMNLP 2023)",
         "steppe.train.distill.ctcd.ctcd",
+        "steppe distill movies-cut --scheme ctcd",
     ),
     Paper(
         "zsaq",
         "ZSAQ: zero-shot sharpness-aware quantization (Zhu et al., EMNLP 2023)",
         "steppe.train.quantize.zsaq.make_zsaq_step",
         "steppe quantize RUN --bits w4a8 --method zsaq --out OUT",
+    ),
+    Paper(
+        "gptq",
+        "GPTQ: rounding with second-order information (Frantar et al., ICLR 2023)",
+        "steppe.train.quantize.gptq.gptq",
+        "steppe quantize RUN --bits w4a8 --method gptq --out OUT",
+        baseline=True,
     ),
 )

@@ -187,21 +187,26 @@ def load(
     """The pretrained model with the task's head, its dropout rates those of the settings."""
     kind = data.task.kind
     labels = data.task.num_labels if kind in ("classification", "token") else None
-    bare = pretrained.load_config(origin.weights)
-    rates = [f.name for f in dataclasses.fields(bare) if f.name in _RATES]
-    drop = {} if config.drop < 0 else dict.fromkeys(rates, config.drop)
     loaded = pretrained.load(
         origin.weights,
         head=kinds.head_of(kind),
         num_labels=labels,
         plan=plan,
         key=jax.random.key(config.seed),
-        **drop,
     )
-    if drop and loaded.model.config.head is not None and kind not in kinds.WRITTEN:
-        head = dataclasses.replace(loaded.model.config.head, drop=config.drop)
-        loaded = dataclasses.replace(loaded, model=loaded.model.config.with_head(head).build())
-    return loaded
+    if config.drop < 0:
+        return loaded
+    return dataclasses.replace(loaded, model=with_drop(loaded.model, config.drop))
+
+
+def with_drop(model: Any, rate: float) -> Any:
+    """``model`` with one rate of dropout everywhere, its classifier included."""
+    config = model.config
+    names = [f.name for f in dataclasses.fields(config) if f.name in _RATES]
+    config = dataclasses.replace(config, **dict.fromkeys(names, rate))
+    if config.head is not None and config.head.kind not in kinds.WRITTEN:
+        config = config.with_head(dataclasses.replace(config.head, drop=rate))
+    return config.build()
 
 
 def make_step(

@@ -301,7 +301,7 @@ def merging() -> StudyConfig:
 
 
 def merging_vision() -> StudyConfig:
-    """DINOv2-S on Fashion-MNIST, MNIST and digits at 56 pixels, merged by every method."""
+    """DINOv2-S on Fashion-MNIST, MNIST, digits and emoji at 56 pixels, merged by every method."""
     return StudyConfig(
         out="runs/merging-vision",
         base=FinetuneConfig(
@@ -312,7 +312,7 @@ def merging_vision() -> StudyConfig:
             keep=1,
             baselines=False,
         ),
-        tasks=("asset:fashion-mnist", "asset:mnist", "asset:digits"),
+        tasks=("asset:fashion-mnist", "asset:mnist", "asset:digits", "asset:emoji"),
         methods=BUDGET,
         sweep=(0.1, 0.2, 0.3, 0.5),
         batch_size=8,

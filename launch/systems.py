@@ -31,9 +31,10 @@ def main(args: list[str]) -> int:
         print(listed())
         return 0
     found = {paper.name: paper for paper in PAPERS}
-    if args[0] not in found:
-        raise ValueError(unknown("system", args[0], found))
-    print(page(found[args[0]]))
+    name = args[0].lower()
+    if name not in found:
+        raise ValueError(unknown("system", name, found))
+    print(page(found[name]))
     return 0
 
 
@@ -46,7 +47,9 @@ def listed() -> str:
         lines.append(prose.fill(paper.title, paper.name.ljust(wide)))
         # Commands are copied: they are not broken.
         lines.append(f"    {paper.command or f'from Python: {paper.function}'}")
-    lines += ["", f"{len(PAPERS)} of {TOTAL} systems; those that are listed are implemented"]
+    extra = sum(paper.baseline for paper in PAPERS)
+    counted = f"{len(PAPERS) - extra} of {TOTAL} systems, and {extra} that they are compared with"
+    lines += ["", f"{counted}; those that are listed are implemented"]
     return "\n".join(lines)
 
 
@@ -63,6 +66,7 @@ def page(paper: Paper) -> str:
         prose.fill(paper.title),
         prose.reflow(inspect.getdoc(module) or ""),
         prose.fill(f"{paper.function}({', '.join(settings)})", rest="    "),
+        f"file: {module_name.removeprefix('steppe.').replace('.', '/')}.py",
     ]
     if paper.command:
         parts.append(f"see it run: {paper.command}")

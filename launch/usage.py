@@ -1,8 +1,6 @@
-"""What ``steppe --help`` shows: the commands and the recipes, wrapped to the terminal."""
+"""What ``steppe --help`` shows: the commands, wrapped to the terminal."""
 
 from __future__ import annotations
-
-from collections.abc import Iterable, Mapping
 
 from steppe.launch import prose
 
@@ -13,15 +11,13 @@ COMMANDS = (
     ("quantize MODEL", "a model as integers by several methods, with what each costs"),
     (
         "compare [RECIPE]",
-        "sharpness methods or overlays x seeds x sizes x sources, or merging methods x seeds: one "
-        "table with a paired test",
+        "methods x seeds x sizes x sources: one table with a paired test",
     ),
     ("merge METHOD BASE MODEL ...", "several fine-tunes of one base as one model, with a table"),
     ("blackbox", "a prompt for a frozen model from forward passes alone (BBT, BBTv2)"),
     (
         "continual",
-        "several tasks one after the other: sequential LoRA, O-LoRA, replay, and what is left of "
-        "each task",
+        "tasks one after the other: sequential LoRA, O-LoRA, replay",
     ),
     ("evaluate MODEL", "evaluate a run or an exported model on any data"),
     ("generate MODEL", "texts for one prompt or a file of them"),
@@ -30,14 +26,14 @@ COMMANDS = (
     ("report RUN", "write the report of a run folder again"),
     (
         "plan MODEL|RECIPE --on v5p-128",
-        "memory, collectives and time of a step on devices that are not here",
+        "memory and time of a step on devices that are not here",
     ),
     ("sharpness RUN", "how sharp the loss is around a run's model, drawn and in numbers"),
     ("overlays list", "the parameter-efficient methods of finetune --overlay"),
     ("launch OPTIONS COMMAND ...", "finetune or distill as several processes of this host"),
     (
         "submit --to WHERE -- COMMAND ...",
-        "the job for slurm, jobset, tpu-vm, skypilot or xpk; --apply hands it in",
+        "the job for slurm, jobset, tpu-vm, skypilot or xpk",
     ),
     ("papers [NAME]", "the systems that steppe implements"),
     ("doctor", "what this machine has, what will not work on it, and the cure"),
@@ -49,12 +45,8 @@ COMMANDS = (
 LEFT = 22
 
 
-def show(recipes: Mapping[str, Iterable[str]]) -> str:
-    """The whole text.
-
-    Args:
-      recipes: names of the recipes, by command.
-    """
+def show() -> str:
+    """The whole text."""
     lines = ["usage: steppe COMMAND [options]      (steppe COMMAND --help lists the options)", ""]
     for command, what in COMMANDS:
         first = f"  {command}".ljust(LEFT)
@@ -62,7 +54,4 @@ def show(recipes: Mapping[str, Iterable[str]]) -> str:
             lines.append(first)
             first = " " * LEFT
         lines.append(prose.fill(what, first))
-    lines += ["", "recipes"]
-    for command, names in recipes.items():
-        lines.append(prose.fill(", ".join(names), f"  {command}".ljust(LEFT)))
     return "\n".join(lines)

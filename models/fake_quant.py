@@ -88,6 +88,10 @@ def fake_quant(
 
     Raises:
       ValueError: bits, a group that does not divide axis -2, groups of an affine quantiser.
+
+    Example:
+      >>> fake_quant(jnp.array([[0.9, 2.0], [0.2, -2.0]]), bits=2, axis=-1).tolist()
+      [[0.8999999761581421, 2.0], [0.0, -2.0]]
     """
     check_bits(bits, "bits")
     if group is not None and not symmetric:

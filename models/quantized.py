@@ -86,6 +86,10 @@ def parse(text: str, **more: Any) -> QuantConfig:
 
     Raises:
       ValueError: an unknown scheme, or bits outside 2 to 8.
+
+    Example:
+      >>> parse("w4a8-g64").w_bits
+      4
     """
     found = re.fullmatch(r"w(\d+)a(\d+)(?:-?g(\d+))?", text.strip().lower())
     if found is None:

@@ -35,6 +35,10 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
       ValueError: a key is not a string, or contains the separator.
+
+    Example:
+      >>> flatten({"layers": {"attn.q": {"kernel": 1, "bias": 2}}, "head": 3})
+      {'layers/attn.q/kernel': 1, 'layers/attn.q/bias': 2, 'head': 3}
     """
     flat: dict[str, Any] = {}
 

@@ -95,6 +95,15 @@ def fsam(
       ValueError: an argument outside its range; from ``init``, an exclude pattern that matches
         nothing; from ``update``, no ``grad_fn``, or params of another structure than the mask's.
       TypeError: base is not an optax transform.
+
+    Example:
+      >>> loss = lambda params: jnp.sum(params["w"] ** 2)
+      >>> params = {"w": jnp.array([3.0, 4.0])}
+      >>> tx = fsam(optax.sgd(0.1), rho=0.05, keep_ratio=0.5)
+      >>> gradient = jax.grad(loss)
+      >>> updates, _ = tx.update(gradient(params), tx.init(params), params, grad_fn=gradient)
+      >>> [round(float(u), 3) for u in updates["w"]]  # the entry of the smaller score stays
+      [-0.6, -0.808]
     """
     _check(keep_ratio, refresh_every, fisher, structure, excluded_mode)
     check.flag(plain_refresh, "plain_refresh")

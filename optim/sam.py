@@ -90,6 +90,15 @@ def sam(
       ValueError: a negative or NaN rho, another ascent; from ``update``, no ``grad_fn``, no
         ``group_fn``, or groups that do not divide the rows.
       TypeError: base is not an optax transform.
+
+    Example:
+      >>> loss = lambda params: jnp.sum(params["w"] ** 2)
+      >>> params = {"w": jnp.array([3.0, 4.0])}
+      >>> tx = sam(optax.sgd(0.1), rho=0.05)
+      >>> gradient = jax.grad(loss)
+      >>> updates, _ = tx.update(gradient(params), tx.init(params), params, grad_fn=gradient)
+      >>> [round(float(u), 3) for u in updates["w"]]  # -0.1 * 2 * 1.01 * w: w moves 1% up the slope
+      [-0.606, -0.808]
     """
     return two_gradients(base, rho, perturbation or l2(), lambda g, sharp: sharp, ascent)
 

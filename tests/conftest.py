@@ -1,9 +1,11 @@
 """Shared set-up of the test suite: eight fake CPU devices, strict warnings, cached compiles."""
 
+import functools
 import gc
 import os
 import tempfile
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 # Before jax is imported anywhere: the mesh tests need several devices, and the
@@ -20,10 +22,14 @@ if "xla_force_host_platform_device_count" not in _flags:
         " --xla_cpu_enable_concurrency_optimized_scheduler=false"
         " --xla_cpu_collective_call_terminate_timeout_seconds=600"
     ).strip()
+EMITTERS = "xla_cpu_use_fusion_emitters"
 if "xla_backend_optimization_level" not in os.environ["XLA_FLAGS"]:
     # The suite compiles thousands of programs that run for milliseconds: LLVM's optimiser took
-    # more than half of its time. To test what users run: XLA_FLAGS with level 3.
+    # more than half of its time, and of what was left the emitters that write a fusion by way of
+    # MLIR took half. To test what users run: XLA_FLAGS="--xla_backend_optimization_level=3".
     os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
+    if version("jaxlib").startswith("0.10."):  # a later one ends the process at this flag
+        os.environ["XLA_FLAGS"] += f" --{EMITTERS}=false"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -43,6 +49,22 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 MAPS = 20_000
 
 
+HERE = Path(__file__).parent
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks ``long`` what ``long.txt`` lists, before ``-m`` chooses."""
+    lines = (HERE / "long.txt").read_text(encoding="utf-8").splitlines()
+    listed = {line for line in lines if line and not line.startswith("#")}
+    for item in items:
+        file = f"{HERE.name}/{item.path.relative_to(HERE).as_posix()}"
+        fixtures = getattr(item, "fixturenames", ())
+        place = f"{file}::{item.nodeid.partition('::')[2]}"
+        if place in listed or any(f"{file} {fixture}" in listed for fixture in fixtures):
+            item.add_marker(pytest.mark.long)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def bounded_memory_maps() -> Iterator[None]:
     """Drops the compiled programs after a module that leaves too many memory maps."""
@@ -51,6 +73,15 @@ def bounded_memory_maps() -> Iterator[None]:
     if maps.exists() and maps.read_bytes().count(b"\n") > MAPS:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture
+def emitters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fusions as users compile them: two programs that agree to the bit there, and are not the
+    same program, may differ by a rounding without the emitters."""
+    if f"--{EMITTERS}=false" in os.environ["XLA_FLAGS"]:
+        jit = functools.partial(jax.jit, compiler_options={EMITTERS: True})
+        monkeypatch.setattr(jax, "jit", jit)
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,8 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
+from steppe.data.errors import unknown
+
 # name -> (module, config dataclass); imported when asked for.
 BENCHES = {
     "finetune": ("steppe.launch.bench.finetune", "FinetuneBench"),
@@ -29,7 +31,7 @@ BENCHES = {
     "scaling": ("steppe.launch.bench.scaling", "ScalingBench"),
     "few-shot": ("steppe.launch.bench.few_shot", "FewShotBench"),
 }
-USAGE = f"usage: steppe bench {{{','.join(BENCHES)}}} [options]   (--help lists the options)"
+USAGE = "usage: steppe bench NAME [options]      (steppe bench NAME --help lists the options)"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -40,11 +42,13 @@ def main(argv: Sequence[str]) -> int:
       WorkerError: a side of a comparison failed.
     """
     if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE)
+        from steppe.launch import prose
+
+        print(USAGE, prose.fill(", ".join(BENCHES), "NAME: "), sep="\n")
         return 0 if argv else 2
     name, *words = argv
     if name not in BENCHES:
-        raise ValueError(f"unknown benchmark {name!r}; known: {', '.join(BENCHES)}")
+        raise ValueError(unknown("benchmark", name, BENCHES))
     from rich.console import Console
 
     from steppe.launch import options

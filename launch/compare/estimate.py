@@ -58,6 +58,9 @@ def show(config: CompareConfig) -> dict[str, Any]:
         reported = len(runs) - len(choose)
         examples += len(choose) * counts["valid"] + reported * (counts["test"] + scored)
     console.print(table)
+    console.print(
+        "compiling and timing some steps: a minute, or several where others work", style="dim"
+    )
     gradient, example = _measure(trials, config)
     seconds = total["gradients"] * gradient + examples * example
     console.print(

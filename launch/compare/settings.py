@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from steppe.data.errors import near
 from steppe.launch import optimiser
 from steppe.launch.config import FinetuneConfig
 
@@ -205,7 +206,9 @@ def parse_arm(text: str, base: FinetuneConfig) -> Arm:
 
         if method not in overlays.KNOWN:
             known = [ADAMW, *(m for m in optimiser.DEFAULTS if m != "none"), *overlays.KNOWN]
-            raise ValueError(f"methods must be among {', '.join(known)}, got {method!r}")
+            raise ValueError(
+                f"methods must be among {', '.join(known)}, got {method!r}{near(method, known)}"
+            )
         sharpness, own = "none", overlays.settings_of(method)
     free = (*own, "sharpness", *FREE) if attaches else FREE
     values: dict[str, Any] = {"sharpness": sharpness}
@@ -217,7 +220,7 @@ def parse_arm(text: str, base: FinetuneConfig) -> Arm:
         if not equals or name not in free:
             raise ValueError(
                 f"methods has {part!r} in {text!r}; it must be SETTING=VALUE with one of "
-                f"{', '.join(dict.fromkeys(free))}"
+                f"{', '.join(dict.fromkeys(free))}{near(name, free)}"
             )
         if name in seen:
             raise ValueError(f"methods has {name} twice in {text!r}")

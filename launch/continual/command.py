@@ -3,7 +3,7 @@
 OUT/stages.jsonl               a line for every finished task of a stream
 OUT/METHOD/SEED/metrics.jsonl  the training, as it happens
 OUT/METHOD/SEED/task-N         the overlay after the last finished task, for `steppe evaluate`
-OUT/results.json, table.md
+OUT/results.json, table.md, report.html
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from steppe.launch.compare.journal import Lines
 from steppe.launch.continual import material, table
 from steppe.launch.continual.material import Material
 from steppe.launch.continual.settings import GROWS, ContinualConfig
+from steppe.launch.report import streaming
 from steppe.models import pretrained, tree
 from steppe.models.overlays import Overlay, files, lora, o_lora
 from steppe.models.overlays.overlay import OVERLAY
@@ -80,6 +81,7 @@ def run(config: ContinualConfig, command: Sequence[str] = ()) -> dict[str, Any]:
         ) from None
     found = _write(config, done, folder, command)
     Console().print(table.rich_table(found))
+    print(folder / "report.html")
     return found
 
 
@@ -263,6 +265,7 @@ def _write(
     found = table.summary(config, done, command)
     outputs.write_json(folder / "results.json", found)
     outputs.write_text(folder / "table.md", table.markdown(found))
+    outputs.write_text(folder / "report.html", streaming.render(found))
     return found
 
 

@@ -6,6 +6,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import optax
+
 from steppe.data import batches as batches_
 from steppe.launch import pieces as pieces_
 from steppe.launch import setup
@@ -14,6 +18,7 @@ from steppe.launch.distill.settings import DistillConfig
 from steppe.launch.pieces import Pieces
 from steppe.models.model import Model
 from steppe.train import distill
+from steppe.train.distill.ctcd import by_branch
 from steppe.train.distill.pairs import EXTRA, STUDENT, TEACHER
 
 
@@ -58,6 +63,9 @@ def build(config: DistillConfig) -> Distilled:
     """
     both = opened.find(config)
     taught = opened.load_teacher(config, both.teacher)
+    together = config.scheme == "ctcd"
+    if together and config.drop >= 0:
+        taught = dataclasses.replace(taught, model=pieces_.with_drop(taught.model, config.drop))
     training = dataclasses.replace(
         config.training(), model=both.student.given, data=opened.classes(config, taught)
     )
@@ -68,6 +76,12 @@ def build(config: DistillConfig) -> Distilled:
     loaded = opened.load_student(config, both.student, data, plan)
     origin = dataclasses.replace(both.student.origin, name=_name(config, both))
     base = pieces_.build(training, data=data, loaded=loaded, origin=origin)
+    if together:
+        check_one_reading(both)
+        base = dataclasses.replace(base, tx=_each(base.tx, training.optim.clip_norm))
+        # One norm of both gradients would couple them.
+        unclipped = dataclasses.replace(training.optim, clip_norm=0.0)
+        training = dataclasses.replace(training, optim=unclipped)
     readings = {} if both.one_reading else _readings(both, data, training.data)
     teacher = taught.model if both.one_reading else opened.reading(taught.model)
     whole = distill.Teacher(teacher, taught.params)
@@ -100,9 +114,13 @@ def build(config: DistillConfig) -> Distilled:
         vocab=both.vocab,
     )
     beside = {TEACHER: taught.params}
+    if together:  # a student that is cut from it may hold the same arrays
+        beside = {TEACHER: jax.tree.map(jnp.copy, taught.params)}
     if more is not None:
         beside[EXTRA] = more(opened.key_of(config))
     trainable = tuple(rf"{STUDENT}/(?:{pattern})" for pattern in base.trainable)
+    if together:
+        trainable += tuple(rf"{TEACHER}/(?:{pattern})" for pattern in taught.model.trainable)
     pieces = dataclasses.replace(
         base,
         model=joint,
@@ -122,6 +140,23 @@ def build(config: DistillConfig) -> Distilled:
 def _name(config: DistillConfig, both: opened.Both) -> str:
     sizes = "".join(f", {name} {value}" for name, value in config.cut.sizes.items())
     return f"{both.student.given}{sizes}"
+
+
+def check_one_reading(both: opened.Both) -> None:
+    """Raises ValueError where the two could not learn from each other's answers token by token."""
+    if not both.one_reading:
+        raise ValueError(
+            f"scheme='ctcd' trains {both.teacher.given} and {both.student.given} on the same "
+            "tokens, but their tokenizers differ; cut the student from the teacher, or take "
+            "another scheme"
+        )
+
+
+def _each(tx: optax.GradientTransformation, clip_norm: float) -> optax.GradientTransformation:
+    """``tx`` once for the student and once for the teacher, each with its own clip (0 = none)."""
+    if clip_norm:
+        tx = optax.chain(optax.clip_by_global_norm(clip_norm), tx)
+    return by_branch({STUDENT: tx, TEACHER: tx})
 
 
 def check_labels(data: setup.Data, config: Any) -> None:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from steppe.launch import config as config_
-from steppe.launch import finetune, scoring
+from steppe.launch import finetune, finish, scoring
 from steppe.launch.distill import measure, opened, schemes, texts
 from steppe.launch.distill.build import Distilled, build
 from steppe.launch.distill.settings import DistillConfig, read
@@ -72,7 +72,6 @@ def compare(made: Distilled, found: dict[str, Any], params: Params, test: Any) -
       test: the student's evaluation of the test split.
     """
     config, pieces = made.config, made.pieces
-    data = pieces.data
     out: dict[str, Any] = {
         "scheme": config.scheme,
         "what": schemes.describe(config),
@@ -84,20 +83,13 @@ def compare(made: Distilled, found: dict[str, Any], params: Params, test: Any) -
         test.kind if test.kind == "lm" else "classification"
     )
     if speaks:
-        theirs = scoring.run(
-            made.teacher,
-            params[TEACHER],
-            made.evaluation("test"),
-            data.task,
-            data.splits["test"],
-            made.both.teacher.tokenizer,
-            pieces.config.data,
-            count=config.samples,
-            tokens=config.sample_tokens,
-            plan=pieces.plan,
-        )
+        theirs = _scored(made, params[TEACHER])
         out["teacher"]["metrics"] = {"test": theirs.metrics}
         found["baselines"]["teacher"] = dict(theirs.metrics)
+        if config.scheme == "ctcd":
+            before = _scored(made, opened.load_teacher(config, made.both.teacher).params)
+            found["baselines"]["teacher, before"] = dict(before.metrics)
+            _export_teacher(made, params[TEACHER])
         out["agreement"] = measure.agreement(test, theirs)
         _beside(found, test, theirs)
     if speaks and test.kind == "lm":
@@ -116,6 +108,37 @@ def compare(made: Distilled, found: dict[str, Any], params: Params, test: Any) -
     out["speed"] = measure.speed(*sides, batch)
     found["distillation"] = out
     found["optimiser"]["method"] = f"{schemes.describe(config)}; {found['optimiser']['method']}"
+
+
+def _scored(made: Distilled, params: Params) -> Any:
+    """The teacher's evaluation of the test split, with its texts."""
+    config, pieces = made.config, made.pieces
+    return scoring.run(
+        made.teacher,
+        params,
+        made.evaluation("test"),
+        pieces.data.task,
+        pieces.data.splits["test"],
+        made.both.teacher.tokenizer,
+        pieces.config.data,
+        count=config.samples,
+        tokens=config.sample_tokens,
+        plan=pieces.plan,
+    )
+
+
+def _export_teacher(made: Distilled, params: Params) -> None:
+    """The teacher that has learnt too, as a folder beside the student's."""
+    pieces, source = made.pieces, made.both.teacher
+    finish.save(
+        pieces.config.run / TEACHER,
+        made.teacher,
+        params,
+        pieces.plan,
+        pieces.data.task.label_names or None,
+        source.origin.tokenizer,
+        source.tokenizer,
+    )
 
 
 def _exposure(made: Distilled, pair: Pair, params: Params) -> dict[str, Any] | None:

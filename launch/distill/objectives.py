@@ -13,9 +13,11 @@ from steppe.models.model import Model
 from steppe.models.tree import Params
 from steppe.train import distill
 from steppe.train.distill import features, offline
+from steppe.train.distill.ctcd import LARGE, SMALL
+from steppe.train.distill.pairs import STUDENT, TEACHER
 from steppe.train.distill.store import Store
 from steppe.train.objectives import basic
-from steppe.train.types import Objective
+from steppe.train.types import Batch, LossOut, Objective
 
 
 def make(
@@ -55,6 +57,8 @@ def make(
         )
     if scheme == "minillm":
         return distill.minillm(student, teacher, vocab=vocab)
+    if scheme == "ctcd":
+        return _together(config, student, teacher.model)
     if scheme == "dwt":
         hard, soft = (1.0, None) if r is None else (1 - r, r)
         return distill.dwt(
@@ -123,6 +127,24 @@ def make(
     if r == 1:
         return taught
     return basic.weighted({scheme: (taught, r), "ce": (labels, 1 - r)})
+
+
+def _together(config: DistillConfig, student: Model, teacher: Model) -> Objective:
+    """Both learn from labels and from each other; see ``steppe.train.distill.ctcd``."""
+    here, back = _number(config.weight), _number(config.back)
+    distill.ctcd_pair(teacher, student)  # refuses two vocabularies
+    inner = distill.ctcd(
+        teacher,
+        student,
+        weights=distill.CTCDWeights(1 - back, back, 1 - here, here),
+        tau=_number(config.temperature),
+        scale_tau2=True,
+    )
+
+    def objective(params: Params, batch: Batch, key: Any) -> LossOut:
+        return inner({LARGE: params[TEACHER], SMALL: params[STUDENT]}, batch, key)
+
+    return objective
 
 
 def filled_before(config: DistillConfig) -> bool:

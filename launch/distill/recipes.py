@@ -56,7 +56,6 @@ def smollm2_cut() -> DistillConfig:
         optim=OptimConfig(learning_rate=5e-4),
         scheme="kd",
         weight=0.5,
-        token_chunk=64,
         steps=100,
         batch_size=4,
         log_every=5,

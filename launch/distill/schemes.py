@@ -12,6 +12,7 @@ distillm  skew_forward_kl, skew_reverse_kl         replay, student, mix_request,
 atkd      forward_kl, reverse_kl, by difficulty    any, gt                              yes
 kid       any, reverse_kl                          imperfect
 dwt       forward_kl, with a falling weight        gt                                   yes
+ctcd      forward_kl, both ways: both train        gt                                   yes
 features  none: hidden states or attention         gt                                   yes
 
 (1) forward_kl: teacher first, reverse_kl: student first, on whose texts alone they are taken.
@@ -97,6 +98,7 @@ SCHEMES: dict[str, Scheme] = {
     "atkd": Scheme(("forward_kl", "reverse_kl"), ANY, 1.0, False, True, "ATKD"),
     "kid": Scheme(_any("reverse_kl"), ("imperfect",), 0.5, False, False, "KID"),
     "dwt": Scheme(("forward_kl",), ("gt",), None, False, True, "DWT"),
+    "ctcd": Scheme(("forward_kl",), ("gt",), 0.5, False, True, "CTCD, both train"),
     "features": Scheme((), ("gt",), 0.5, False, True, "feature distillation"),
 }
 # Schemes whose objective is ``steppe.train.distill.kd``.
@@ -108,7 +110,11 @@ WRITERS = {("fdistill", "forward_kl"): "teacher", ("fdistill", "reverse_kl"): "s
 Reads = Callable[[Any], bool]
 # setting -> (default, whether a configuration reads it, what does)
 OPTIONS: dict[str, tuple[Any, Reads, str]] = {
-    "temperature": (1.0, lambda c: c.scheme in (*PLAIN, "dwt"), f"scheme {', '.join(PLAIN)}, dwt"),
+    "temperature": (
+        1.0,
+        lambda c: c.scheme in (*PLAIN, "dwt", "ctcd"),
+        f"scheme {', '.join(PLAIN)}, dwt, ctcd",
+    ),
     "beta": (
         0.5,
         lambda c: c.divergence in ("jsd", "symmetric_kl"),
@@ -132,8 +138,8 @@ OPTIONS: dict[str, tuple[Any, Reads, str]] = {
     ),
     "vocab_chunk": (
         None,
-        lambda c: c.data.task in WRITTEN_TASKS and c.scheme not in ("minillm", "features"),
-        "data.task lm, chat, and no scheme minillm or features",
+        lambda c: c.data.task in WRITTEN_TASKS and c.scheme not in ("minillm", "features", "ctcd"),
+        "data.task lm, chat, and no scheme minillm, features or ctcd",
     ),
     "token_chunk": (
         None,
@@ -146,6 +152,7 @@ OPTIONS: dict[str, tuple[Any, Reads, str]] = {
     "hard_ratio": (0.5, lambda c: c.scheme == "atkd", "scheme atkd"),
     "soft_start": (4.0, lambda c: c.scheme == "dwt" and c.weight is None, "scheme dwt, no weight"),
     "soft_end": (1.0, lambda c: c.scheme == "dwt" and c.weight is None, "scheme dwt, no weight"),
+    "back": (0.5, lambda c: c.scheme == "ctcd", "scheme ctcd"),
     "features": ("hidden", lambda c: c.scheme == "features", "scheme features"),
     "layer_map": ((), lambda c: c.scheme == "features", "scheme features"),
     "share": (0.5, lambda c: str(c.policy).startswith("mix_"), "policy mix_request, mix_token"),
@@ -246,6 +253,11 @@ def check(config: DistillConfig) -> None:
         )
     if config.weight == 0 and not scheme.fixed:
         raise ValueError("weight=0 leaves the teacher out: use steppe finetune for that")
+    if config.scheme == "ctcd" and config.teacher_dtype != "float32":
+        raise ValueError(
+            f"teacher_dtype={config.teacher_dtype!r} does not go with scheme='ctcd', whose teacher "
+            "trains: leave it at float32 (compute_dtype=bfloat16 computes in bf16)"
+        )
     _check_options(config)
 
 

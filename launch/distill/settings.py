@@ -25,6 +25,7 @@ SchemeName = Literal[
     "atkd",
     "kid",
     "dwt",
+    "ctcd",
     "features",
 ]
 Divergence = Literal[
@@ -93,7 +94,7 @@ class Cut(NamedTuple):
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """``steppe distill``: a student learns from a teacher; the teacher does not change.
+    """``steppe distill``: a student learns from a teacher, which does not change but for ctcd.
 
     Attributes:
       teacher: run folder, exported folder, file of weights, or ``asset:NAME``. Classification:
@@ -123,6 +124,8 @@ class DistillConfig:
       tkd, dkd: dkd: coefficients of the two parts.
       lam, hard_ratio: atkd: weight of the easy tokens, share of the hard ones.
       soft_start, soft_end: dwt: coefficient of the teacher's loss, first and last.
+      back: ctcd: share of the student's answers in what the teacher learns, the rest is the label
+        loss; 0 = it learns from labels alone. It is exported to ``teacher/`` in the run folder.
       features: features: what is compared.
       layer_map: features: pairs ``student:teacher``; hidden states count from 0, the
         embeddings, layers of attention from 0 too; empty = evenly spaced.
@@ -170,6 +173,7 @@ class DistillConfig:
     hard_ratio: float | None = None
     soft_start: float | None = None
     soft_end: float | None = None
+    back: float | None = None
     features: Literal["hidden", "attention", "relation"] | None = None
     layer_map: tuple[str, ...] = ()
     share: float | None = None
@@ -207,7 +211,7 @@ class DistillConfig:
     dry_run: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("weight", "beta", "alpha", "lam", "hard_ratio", "share", "mask_share"):
+        for name in ("weight", "back", "beta", "alpha", "lam", "hard_ratio", "share", "mask_share"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {value}")

@@ -43,7 +43,7 @@ def run(config: MergeConfig, command: Sequence[str] = ()) -> dict[str, Any]:
     console = Console()
     begin = time.perf_counter()
     base, models, report = inputs.collect(config)
-    out = Path(config.out).expanduser()
+    out = inputs.target(config)
     with_data = all(part.data is not None for part in models)
     if config.method not in STREAMED and not with_data:
         lacking = next(part for part in models if part.data is None)
@@ -92,7 +92,7 @@ def run(config: MergeConfig, command: Sequence[str] = ()) -> dict[str, Any]:
         console.print(table.terminal(result))
     for line in table.said(result):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    print(out / PAGE)
+    print(Path(config.out).expanduser() / PAGE)
     return result
 
 
@@ -145,7 +145,7 @@ def _leave(
 ) -> None:
     """Writes what is known as soon as the model is saved: scores may be interrupted."""
     known = {**result, "tasks": _described(models, tasks)}
-    outputs.write_json(Path(config.out).expanduser() / RESULT, known)
+    outputs.write_json(inputs.target(config) / RESULT, known)
 
 
 def _streamed(
@@ -185,7 +185,7 @@ def _streamed(
         done = stream.merge(
             methods.streamed(config, lam),
             [part.folder for part in models],
-            Path(config.out).expanduser(),
+            inputs.target(config),
             base=base.folder,
             names=[part.name for part in models],
             progress=lambda done, total, name: shown.tell(f"merging {name}", done, total),
@@ -234,7 +234,7 @@ def _in_memory(
     mark = time.perf_counter()
     found = methods.with_data(config, trees, tasks, nets, shown.tell)
     timings["merge_s"] = time.perf_counter() - mark
-    out = Path(config.out).expanduser()
+    out = inputs.target(config)
     # As a streamed merge does: in the format of the base, which is also what is scored.
     merged = trees.multihead(_stored(found.trunk, report))
     shown.tell("saving", 0, 1)

@@ -14,7 +14,7 @@ from steppe.launch import opening, setup
 from steppe.launch.config import DataConfig, FinetuneConfig
 from steppe.launch.merge.settings import MergeConfig
 from steppe.models import pretrained
-from steppe.train.merge import heads, stream
+from steppe.train.merge import entries, heads, stream
 from steppe.train.merge.inputs import Report
 
 BASE = "the base"
@@ -51,9 +51,11 @@ def collect(config: MergeConfig) -> tuple[Part, list[Part], Report]:
     """
     if not config.base or not config.models:
         raise ValueError("say what to merge: steppe merge METHOD BASE MODEL MODEL ... --out FOLDER")
-    out = Path(config.out).expanduser()
     if not config.out:
         raise ValueError("out must name the new folder: --out FOLDER")
+    out = target(config)
+    if out == Path.cwd():
+        raise ValueError("out must not be the folder that you are in, which would be replaced")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{config.out} is there already; choose a new folder with --out")
     if config.method == "slerp" and len(config.models) != 2:
@@ -91,7 +93,18 @@ def collect(config: MergeConfig) -> tuple[Part, list[Part], Report]:
             f"the models cannot be merged: they differ in {len(report.differences)} places of "
             "architecture or vocabulary (table above); merge fine-tunes of one base"
         )
+    try:
+        entries.check(report)
+    except ValueError:
+        if not before:
+            clean(out)
+        raise
     return base, models, report
+
+
+def target(config: MergeConfig) -> Path:
+    """Where the result goes, whatever folder the process is in."""
+    return Path(config.out).expanduser().resolve()
 
 
 def run_of(given: str) -> FinetuneConfig | None:

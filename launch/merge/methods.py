@@ -198,12 +198,13 @@ def line(config: MergeConfig, trees: Trees) -> Callable[[float], Params]:
 
 def between(start: Params, end: Params) -> Callable[[float], Params]:
     """lam -> start + lam (end - start)."""
+    return lambda lam: start if lam == 0 else _between(start, end, jnp.float32(lam))
 
-    @jax.jit
-    def at(lam: Any) -> Params:
-        return jax.tree.map(lambda a, b: (a + lam * (b - a)).astype(a.dtype), start, end)
 
-    return lambda lam: start if lam == 0 else at(jnp.float32(lam))
+# The trees are arguments: as constants of the program they would take XLA half a minute to fold.
+@jax.jit
+def _between(start: Params, end: Params, lam: Any) -> Params:
+    return jax.tree.map(lambda a, b: (a + lam * (b - a)).astype(a.dtype), start, end)
 
 
 def constants(config: MergeConfig, count: int, lam: float) -> list[tuple[str, list[float]]]:

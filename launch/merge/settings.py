@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,6 +27,7 @@ SWEPT = ("task-arithmetic", "ties", "dare", "dare-ties")
 ADAPTED = ("adamerging", "concrete-ta", "concrete-adamerging")
 GRID = tuple(round(0.1 * i, 1) for i in range(11))
 LAM = 0.3
+MOST = 3.4028234e38  # of float32
 
 
 @dataclass(frozen=True)
@@ -118,16 +118,16 @@ class MergeConfig:
             raise ValueError(
                 f"weights must be {len(self.models)}, one a model, got {len(self.weights)}"
             )
-        if not all(math.isfinite(weight) for weight in self.weights):
-            raise ValueError(f"weights must be finite numbers, got {self.weights}")
+        if not all(abs(weight) <= MOST for weight in self.weights):
+            raise ValueError(f"weights must be finite numbers of float32, got {self.weights}")
         if self.method == "average" and self.weights and sum(self.weights) == 0:
             raise ValueError(f"weights must not sum to 0, got {self.weights}")
         for name in ("lam", "t", "lr", "mask_lr", "base_lr"):
             value = getattr(self, name)
-            if value is not None and not math.isfinite(value):
-                raise ValueError(f"{name} must be a finite number, got {value}")
-        if any(not math.isfinite(value) for value in self.sweep):
-            raise ValueError(f"sweep must hold finite numbers, got {self.sweep}")
+            if value is not None and not abs(value) <= MOST:
+                raise ValueError(f"{name} must be a finite number of float32, got {value}")
+        if any(not abs(value) <= MOST for value in self.sweep):
+            raise ValueError(f"sweep must hold finite numbers of float32, got {self.sweep}")
         if not 0 < self.k <= 1:
             raise ValueError(f"k must be in (0, 1], got {self.k}")
         if not 0 <= self.p < 1:
@@ -139,6 +139,8 @@ class MergeConfig:
         for name, least in (("examples", 1), ("batch_size", 1), ("eval_limit", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
+        if self.seed >= 2**32:
+            raise ValueError(f"seed must be in [0, 2^32), got {self.seed}")
         for name in ("steps", "tta_steps"):
             value = getattr(self, name)
             if value is not None and value < 0:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,8 @@ def run(config: StudyConfig, command: Sequence[str] = ()) -> dict[str, Any]:
         settings_of(config, address)
     lines = Lines(folder / FILE)
     done = finished(lines)
+    if config.dry_run:
+        return _dry(config, done)
     outputs.write_json(folder / folders.CONFIG, config_.to_dict(config))
     nets = methods.Nets()
     try:
@@ -77,6 +79,20 @@ def run(config: StudyConfig, command: Sequence[str] = ()) -> dict[str, Any]:
     found = _write(config, done, folder, command)
     Console().print(study_table.rich_table(found))
     print(folder / "report.html")
+    return found
+
+
+def _dry(config: StudyConfig, done: Mapping[Key, Any]) -> dict[str, Any]:
+    """Says what would run; writes nothing."""
+    rows = [(seed, name) for seed in config.seeds for name in config.rows()]
+    left = [row for row in rows if row not in done]
+    seeds = len({seed for seed, _ in left})
+    found = {"trainings": seeds * len(config.tasks), "rows": len(rows), "left": len(left)}
+    print(
+        f"{found['trainings']} fine-tunings ({len(config.tasks)} tasks x {seeds} seeds; steppe "
+        f"finetune --dry-run says what one costs), {found['left']} of {found['rows']} rows of the "
+        "table are to be made"
+    )
     return found
 
 

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from steppe.data.errors import near
 from steppe.launch.config import FinetuneConfig
 from steppe.launch.merge.settings import METHODS, MergeConfig
 
 # Rows that need no merging: the base with the tasks' heads, and every task's own model.
 REFERENCES = ("pretrained", "individual")
 # What may change when a comparison is gone on with: more rows, not other ones.
-GROWS = ("out", "methods", "seeds", "resume")
+GROWS = ("out", "methods", "seeds", "resume", "dry_run")
 # What a method may say; the others are the same for all.
 FREE = (
     "lam", "k", "merge", "p", "a", "examples", "fisher", "level", "plus", "steps", "lr",
@@ -46,6 +47,7 @@ class StudyConfig:
       batch_size: examples a task and adaptation step.
       eval_limit: validation and test examples a task, each; 0 = all.
       resume: go on with what ``out`` holds; methods and seeds may be added.
+      dry_run: print how many runs and merges there are, what is done of them, and stop.
     """
 
     base: FinetuneConfig = field(default_factory=lambda: FinetuneConfig(baselines=False))
@@ -68,6 +70,7 @@ class StudyConfig:
     batch_size: int = 16
     eval_limit: int = 1000
     resume: bool = False
+    dry_run: bool = False
 
     def __post_init__(self) -> None:
         for name in ("tasks", "methods", "seeds", "sweep"):
@@ -84,7 +87,7 @@ class StudyConfig:
         for name, why in (
             ("seed", "seeds has the seeds"),
             ("resume", "it is a setting of the comparison itself"),
-            ("dry_run", "steppe finetune --dry-run tells what one task costs"),
+            ("dry_run", "it is a setting of the comparison itself"),
             ("lora", "steppe merge takes LoRA runs; full fine-tunes are compared here"),
         ):
             if getattr(self.base, name) != getattr(FinetuneConfig(), name):
@@ -130,7 +133,9 @@ class StudyConfig:
         method, _, rest = text.partition(":")
         if method not in METHODS or method in LEFT_OUT:
             known = [m for m in METHODS if m not in LEFT_OUT]
-            raise ValueError(f"methods must be among {', '.join(known)}, got {method!r}")
+            raise ValueError(
+                f"methods must be among {', '.join(known)}, got {method!r}{near(method, known)}"
+            )
         values: dict[str, Any] = {"method": method}
         for part in filter(None, rest.split(",")):
             name, equals, value = part.partition("=")
@@ -138,7 +143,7 @@ class StudyConfig:
             if not equals or name not in FREE:
                 raise ValueError(
                     f"methods has {part!r} in {text!r}; it must be SETTING=VALUE with one of "
-                    f"{', '.join(FREE)}"
+                    f"{', '.join(FREE)}{near(name, FREE)}"
                 )
             values[name] = _value(name, value, text)
         return dataclasses.replace(shared, **values)

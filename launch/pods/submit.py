@@ -19,7 +19,10 @@ from steppe.launch.pods.job import COMMANDS, JobSpec, Target, check
 
 @dataclass(frozen=True)
 class SubmitConfig(JobSpec):
-    """``steppe submit --to WHERE [options] -- finetune RECIPE ...``: see ``JobSpec``.
+    """``steppe submit``: the job of a cluster for a command of ``steppe``, printed or handed in.
+
+    What stands behind ``--`` is run: ``steppe submit --to slurm -- finetune vader-movies``. Words
+    in brackets name the targets that an option is for; others refuse it.
 
     Attributes:
       to: who runs it.

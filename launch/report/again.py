@@ -1,7 +1,4 @@
-"""``steppe report FOLDER``: the page of any folder that a command has left, written again.
-
-A stream of tasks has a table and no page.
-"""
+"""``steppe report FOLDER``: the page of any folder that a command has left, written again."""
 
 from __future__ import annotations
 
@@ -67,12 +64,14 @@ def _quantization(folder: Path) -> Path:
 def _continual(folder: Path) -> Path:
     from rich.console import Console
 
+    from steppe.launch import outputs
     from steppe.launch.continual import table
+    from steppe.launch.report import streaming
 
-    file = folder / "results.json"
-    found = _read(file)
+    found = _read(folder / "results.json")
+    outputs.write_text(folder / PAGE, streaming.render(found))
     Console().print(table.rich_table(found))
-    return file
+    return folder / PAGE
 
 
 def _tour(folder: Path) -> Path:

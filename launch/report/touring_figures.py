@@ -134,11 +134,16 @@ def tags(points: Sequence[Point], x: Axis, y: Axis) -> list[Tag]:
 
 
 def grid(
-    label: str, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float]]
+    label: str,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    values: Sequence[Sequence[float]],
+    scale: tuple[float, float] | None = None,
 ) -> str:
-    """Accuracies [rows, columns] in percent; the shade is from the least to the largest."""
+    """Accuracies [rows, columns] in percent; the shade is from the least to the largest, or
+    along ``scale`` where several grids are compared."""
     known = [v for row in values for v in row if math.isfinite(v)]
-    low, high = (min(known), max(known)) if known else (0.0, 1.0)
+    low, high = scale or ((min(known), max(known)) if known else (0.0, 1.0))
     room = (high - low) or 1.0
     left = min(max(map(len, rows)) * 6.4, 132.0) + 12
     cell = min((WIDTH - left) / len(columns), 84.0)

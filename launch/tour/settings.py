@@ -72,38 +72,38 @@ class TourConfig:
     full: bool = False
     data: DataConfig = field(
         default_factory=lambda: DataConfig(
-            source="", group="group", limit=480, eval_limit=200, max_length=32, buckets=()
+            source="", group="group", limit=320, eval_limit=150, max_length=24, buckets=()
         )
     )
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(learning_rate=1e-4))
-    epochs: float = 3.0
-    batch_size: int = 16
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(learning_rate=2e-4))
+    epochs: float = 2.0
+    batch_size: int = 8
     sharpness: Literal["sam", "asam", "fsam"] = "fsam"
-    rho: float = 0.02
+    rho: float = 0.01
     keep_ratio: float = 0.1
     methods: tuple[str, ...] = (
         "average",
         "task-arithmetic",
         "ties",
         "regmean:examples=64",
-        "concrete-adamerging:steps=20,tta_steps=20,mask_lr=0.1,lr=0.01",
+        "concrete-adamerging:steps=15,tta_steps=15,mask_lr=0.1,lr=0.01",
     )
     sweep: tuple[float, ...] = (0.3, 0.5, 1.0)
     merge_batch: int = 8
     layers: int = 3
     divergence: Divergence = "jsd"
     beta: float = 0.5
-    student_epochs: float = 4.0
+    student_epochs: float = 3.0
     student_lr: float = 1e-4
     bits: tuple[str, ...] = ("w8a8", "w4a8")
     rounding: tuple[Literal["rtn", "zsaq"], ...] = ("rtn", "zsaq")
-    steps: int = 20
+    steps: int = 10
     k_min: int = 2
     game_lr: float = 1e-4
     rho_x: float = 0.05
     adapter: Literal["soft_embed", "gumbel", "linear"] = "gumbel"
     embed: bool = True
-    curvature: int = 16
+    curvature: int = 8
     ball: float = 0.05
     grid: int = 7
     keeps: float = 0.95
@@ -132,9 +132,13 @@ class TourConfig:
         for name, low in (("layers", 1), ("curvature", 0), ("grid", 0)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be >= {low}, got {getattr(self, name)}")
-        for name in ("student_epochs", "student_lr", "ball"):
+        for name in ("epochs", "student_epochs", "student_lr", "game_lr", "ball"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be > 0 and finite, got {getattr(self, name)}")
+        if not 0 <= self.rho_x < math.inf:
+            raise ValueError(f"rho_x must be >= 0 and finite, got {self.rho_x}")
+        if not 0 <= self.beta <= 1:
+            raise ValueError(f"beta must be in [0, 1], got {self.beta}")
         if self.grid == 1:
             raise ValueError("grid must be 0 (no surface) or >= 2, got 1")
         if not 0 < self.keeps <= 1:
@@ -150,7 +154,10 @@ class TourConfig:
         for name in (ADAMW, self.sharpness):
             self.finetune(self.tasks[0], name, 0, "x")
         for text in self.bits:
-            quantized.parse(text)
+            try:
+                quantized.parse(text)
+            except ValueError as error:
+                raise ValueError(f"bits={text!r}: {error}") from error
         for seed in self.seeds:
             self.quantize(seed)
 
@@ -237,7 +244,10 @@ def full() -> TourConfig:
         seeds=(0, 1, 2),
         full=True,
         data=dataclasses.replace(plain.data, limit=1500, eval_limit=500, max_length=48),
+        optim=dataclasses.replace(plain.optim, learning_rate=1e-4),
         epochs=4.0,
+        batch_size=16,
+        rho=0.02,
         methods=(
             "average",
             "task-arithmetic",

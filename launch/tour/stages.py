@@ -30,6 +30,8 @@ from steppe.train.merge import heads
 
 # Raised where a stage's work changes what it finds: older results then count no longer.
 VERSION = 1
+# The same of the flatness: 2 since eigenvalues are not taken for found beside a negative one.
+FLATNESS = 2
 OTHER = "average-other"
 Needed = Mapping[str, Done]
 Work = Callable[[Path, Needed], Result]
@@ -142,7 +144,7 @@ class _Plan:
         self, name: str, needs: tuple[str, ...], served: Callable[[World, Needed], Any]
     ) -> Stage:
         config, what = self.config, name.rpartition("/")[2]
-        settings = {"data": self.training, "tasks": self.tasks, "version": VERSION}
+        settings = {"data": self.training, "tasks": self.tasks, "version": FLATNESS}
         settings |= {"curvature": config.curvature, "ball": config.ball}
         return Stage(
             name,

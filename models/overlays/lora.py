@@ -62,6 +62,14 @@ def overlay(
     Raises:
       ValueError: a negative rank, no site, a site given twice, a bad dropout rate; and from
         ``init``, a site that the model lacks or a rank above a dimension of its matrix.
+
+    Example:
+      >>> from steppe.models import EncoderConfig, tree
+      >>> config = EncoderConfig("bert", 50, 16, 2, heads=2, ffn_width=32, positions=20)
+      >>> params = config.build().init(jax.random.key(0))
+      >>> delta = overlay(rank=4).init(jax.random.key(1), params)
+      >>> tree.count(delta)  # 2 layers x 2 sites x (16 x 4 + 4 x 16)
+      512
     """
     if rank < 0:
         raise ValueError(f"rank must be >= 0, got {rank}")

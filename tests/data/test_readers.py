@@ -26,6 +26,7 @@ COUNTS = {
     "mnist": 5000,
     "fashion-mnist": 70000,
     "cifar10": 10000,
+    "emoji": 1652,
     "spider": 1034,
     "libreoffice-help/en-de": 35435,
     "libreoffice-help/en-pt-br": 35075,
@@ -174,6 +175,24 @@ def test_pictures_have_their_shape_and_classes(asset, part, shape, each):
     first = collections.Counter(record["label"] for record in records[:500])
     assert min(first.values()) >= 25  # no part is in the order of its classes
     assert max(int(record["image"].max()) for record in records[:50]) == 255
+
+
+@pytest.mark.assets
+def test_emoji_are_one_of_each_kind_in_colour(asset):
+    asset("emoji")
+    records = sources.load("asset:emoji")
+    assert {(r["image"].shape, r["image"].dtype.name) for r in records} == {((64, 64, 3), "uint8")}
+    counts = collections.Counter(record["label"] for record in records)
+    assert (counts["Flags"], counts["Activities"]) == (261, 85)  # 270, 9 of them drawn twice
+    assert len({record["image"].tobytes() for record in records}) == len(records)
+    assert len(collections.Counter(record["label"] for record in records[:200])) == 9
+    names = {record["name"]: record for record in records}
+    apple = names["red apple"]["image"].reshape(-1, 3).astype(int)
+    assert (apple[0] == 255).all()  # the corner is transparent: white
+    red, green, blue = apple[(apple < 250).any(1)].mean(0)
+    assert red > 1.5 * max(green, blue)
+    assert "woman running" not in names
+    assert "runner" in names
 
 
 @pytest.mark.assets

@@ -208,3 +208,12 @@ def test_no_binary_is_tracked():
     ).stdout.split()
     banned = (".safetensors", ".onnx", ".gguf", ".npz", ".npy", ".pkl", ".pt", ".bin", ".whl")
     assert not [f for f in tracked if f.endswith(banned)]
+
+
+def test_the_long_tests_are_there():
+    for line in (ROOT / "tests" / "long.txt").read_text("utf-8").splitlines():
+        if line and not line.startswith("#"):
+            file, colons, test = line.partition("::")
+            file, _, fixture = (file, "", "") if colons else file.partition(" ")
+            name = test.partition("[")[0] if colons else fixture
+            assert f"def {name}(" in (ROOT / file).read_text("utf-8"), line

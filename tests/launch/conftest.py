@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from steppe.launch import cli
 from steppe.models import pretrained
 from steppe.models.decoder import DecoderConfig
 from steppe.models.heads import HeadConfig
@@ -143,3 +144,28 @@ def reviews(tmp_path_factory):
     return SimpleNamespace(
         model=str(root / "model"), a=f"file:{root / 'a.jsonl'}", b=f"file:{root / 'b.jsonl'}"
     )
+
+
+def classes(world, *more, source=None):
+    """``steppe distill`` on the reviews."""
+    return [
+        "distill",
+        f"--data.source={source or world.a}",
+        "--data.max-length=12",
+        "--data.buckets",
+        "8",
+        "12",
+        "--batch-size=16",
+        "--optim.learning-rate=5e-3",
+        "--log-every=1",
+        *more,
+    ]
+
+
+@pytest.fixture(scope="session")
+def taught(reviews, tmp_path_factory):
+    """A run of ``steppe finetune``: the teacher."""
+    out = tmp_path_factory.mktemp("taught") / "run"
+    args = classes(reviews, f"--out={out}", "--steps=40", "--drop=0", "--no-baselines")
+    assert cli.main(["finetune", f"--model={reviews.model}", *args[1:]]) == 0
+    return out

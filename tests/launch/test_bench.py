@@ -232,7 +232,7 @@ def tiny(**options) -> finetune.FinetuneBench:
     return finetune.FinetuneBench(**{**defaults, "learning_rate": 1e-3, **options})
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parity
 def test_finetune_against_torch(tmp_path):
     pytest.importorskip("torch")
@@ -256,7 +256,7 @@ def test_finetune_against_torch(tmp_path):
         assert content in text
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parity
 def test_other_hyper_parameters_make_the_comparison_void(tmp_path):
     pytest.importorskip("torch")
@@ -273,7 +273,7 @@ def test_other_hyper_parameters_make_the_comparison_void(tmp_path):
         harness.same_losses(*curves)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_finetune_alone_from_a_folder(tmp_path):
     folder = shapes.export(tmp_path / "m", shapes.TINY)
     result = finetune.run(tiny(peer="none", model=folder), lambda _: None)
@@ -296,7 +296,7 @@ def test_compile_time_does_not_depend_on_the_time_of_a_step(tmp_path, monkeypatc
     assert side.compiles() == 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compile_time_by_depth(tmp_path):
     config = compile.CompileBench(shapes.TINY, (1, 2), 4, 16, rounds=1, out=tmp_path / "r.json")
     result = compile.run(config, lambda _: None)
@@ -434,8 +434,10 @@ def test_command_line(tmp_path, capsys):
     assert "Import time" in said
     assert json.loads(out.read_text())["config"]["module"] == "fractions"
     assert cli.main([]) == 2
-    assert "finetune,lm-step,generate,compile,load,imports,mfu" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="unknown benchmark 'nothing'; known: finetune, "):
+    assert (
+        "NAME: finetune, lm-step, generate, compile, load, imports, mfu" in capsys.readouterr().out
+    )
+    with pytest.raises(ValueError, match=r"unknown benchmark 'nothing' \(known: finetune, "):
         cli.main(["nothing"])
 
 

@@ -12,7 +12,7 @@ from steppe.launch.bench.chaos import ChaosBench, Kill
 STEPS, EVERY = 24, 4
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_three_times_on_other_devices_it_ends_with_the_same_losses(tmp_path):
     """SIGTERM and SIGKILL during a step, SIGKILL while a checkpoint is written."""
     chaos_run.train(chaos_run.Settings(str(tmp_path / "alone"), STEPS, EVERY, devices=1))

@@ -10,7 +10,7 @@ from steppe.launch.bench.decoders import TINY
 from .test_bench_sharpness import SHORT, printed
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_rows_have_pytorchs_losses_and_are_measured(tmp_path):
     pytest.importorskip("torch")
     config = distill_step.DistillStepBench(

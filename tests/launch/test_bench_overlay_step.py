@@ -37,6 +37,7 @@ def test_overlays_take_steps_and_the_neutral_ones_begin_as_the_base(folder):
         assert side.compiles() == 1
 
 
+@pytest.mark.long
 @pytest.mark.parity
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 def test_peft_begins_at_the_same_loss_and_rows_hold_ratios(tmp_path):

@@ -10,7 +10,7 @@ from steppe.launch.bench.shapes import TINY
 from .test_bench_sharpness import SHORT, printed
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_steps_and_passes_are_measured(tmp_path):
     config = quantize.QuantizeBench(
         shapes=TINY, games=("SAM-SGA, K=5",), bits=("w4a8",), batch=2, length=8, threads=1,

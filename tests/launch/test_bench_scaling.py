@@ -13,7 +13,7 @@ from steppe.launch.bench.shapes import TINY
 SMALL = {"shapes": TINY, "batch": 2, "length": 6, "protocol": Protocol(1, 2, 1)}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="a core for each of two processes")
 def test_it_measures_processes_that_see_the_loss_of_all_rows(tmp_path):
     out = tmp_path / "result.json"

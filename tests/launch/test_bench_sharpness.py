@@ -52,7 +52,7 @@ def test_every_kind_of_method_takes_steps_in_one_program(name, folder):
     assert all(0 < loss < 5 for loss in losses)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parity
 def test_sam_is_pytorchs_and_rows_hold_ratios(tmp_path):
     pytest.importorskip("torch")

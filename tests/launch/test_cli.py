@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import pytest
@@ -269,6 +270,15 @@ def test_unknown_names_get_a_suggestion(capsys):
     mistake(capsys, ["assets", "fetch", "zork"], "unknown asset 'zork'")
     mistake(capsys, ["assets", "fetch", "vadr"], "did you mean 'vader'?")
     mistake(capsys, ["papers", "fsma"], "did you mean 'fsam'?")
+    mistake(capsys, ["papers", "FSMA"], "did you mean 'fsam'?")
+    mistake(capsys, ["assets", "ftch"], "did you mean 'fetch'?")
+    mistake(capsys, ["overlays", "lisst"], "did you mean 'list'?")
+    mistake(capsys, ["completion", "bas"], "did you mean 'bash'?")
+    mistake(capsys, ["bench", "overlay-stp"], "did you mean 'overlay-step'?")
+    mistake(capsys, ["finetune", "--sharpness", "fsma"], "did you mean 'fsam'?", "expected one of")
+    mistake(capsys, ["finetune", "--overlay", "lroa"], "did you mean 'lora'?")
+    mistake(capsys, ["finetune", "--overlay", "lora:rnk=3"], "did you mean 'rank'?")
+    mistake(capsys, ["compare", "--methods", "adamw", "fsma"], "did you mean 'fsam'?")
 
 
 def test_settings_out_of_range(capsys, world, tmp_path):
@@ -379,11 +389,35 @@ def test_papers(capsys):
     shown = capsys.readouterr().out
     for paper in papers.PAPERS:
         assert (paper.command or f"from Python: {paper.function}") in shown
-    assert shown.splitlines()[-1].startswith(f"{len(papers.PAPERS)} of 72 systems")
+    baselines = sum(paper.baseline for paper in papers.PAPERS)
+    assert f"{len(papers.PAPERS) - baselines} of 72 systems, and {baselines} that" in shown
+    root = Path(__file__).resolve().parents[2]
     for paper in papers.PAPERS:
-        assert cli.main(["papers", paper.name]) == 0
+        capsys.readouterr()
+        assert cli.main(["papers", paper.name.upper()]) == 0
+        page = capsys.readouterr().out
+        (file,) = [line[6:] for line in page.splitlines() if line.startswith("file: ")]
+        assert (root / file).is_file(), file
+    assert cli.main(["papers", "lora"]) == 0
     assert "rank=8" in capsys.readouterr().out
     mistake(capsys, ["papers", "zork"], "unknown system 'zork'")
+
+
+def test_the_commands_of_papers_parse(monkeypatch):
+    """Every one with settings that go together; what they run is cut off."""
+    from steppe.launch import finetune
+    from steppe.launch.distill import command as distillation
+
+    ran = []
+    for module in (finetune, distillation):
+        monkeypatch.setattr(module, "run", lambda config, command=(): ran.append(config) or {})
+    wanted = 0
+    for paper in papers.PAPERS:
+        words = paper.command.split()[1:]
+        if words[:1] in (["finetune"], ["distill"]):
+            wanted += 1
+            assert cli.main(words) == 0, paper.command
+    assert len(ran) == wanted > 20
 
 
 def _longer_vocabulary(folder):

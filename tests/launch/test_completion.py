@@ -1,7 +1,9 @@
 """What the shell is told: words of the command line as it is, and scripts that shells accept."""
 
+import os
 import shutil
 import subprocess
+import sys
 
 import pytest
 
@@ -36,6 +38,19 @@ COMMANDS = ("finetune", "merge", "assets")
         (["submit", "--to", "slurm", "--acc"], ["--accelerator"]),
         (["submit", "--to", "slurm", "--", "di"], ["distill"]),
         (["submit", "--to", "slurm", "--", "finetune", "--sharpness", "fs"], ["fsam"]),
+        (["finetune", "--sharpness=fs"], ["--sharpness=fsam"]),
+        (["finetune", "--model", "asset:minilm-l3"], ["asset:minilm-l3"]),
+        (["finetune", "--model=ass"], ["--model=asset:minilm-l6", "--model=asset:smollm2"]),
+        (["finetune", "--data.source", "asset:vader/m"], ["asset:vader/movies"]),
+        (["tour", "--tasks", "asset:sarcasm", "asset:vader/tw"], ["asset:vader/tweets"]),
+        (["merge", "average", "asset:minilm-l6"], ["asset:minilm-l6"]),
+        (["chat", "asset:smol"], ["asset:smollm2"]),
+        (["finetune", "--model", ""], []),
+        (["finetune", "--out", "ass"], []),
+        (["finetune", "--model", "a"], []),
+        (["assets", "fetch", "--acc"], ["--accept-licence"]),
+        (["compare", "merging", "--ta"], ["--tasks"]),
+        (["bench", "few-shot", "--sh"], ["--shots"]),
         (["evaluate", "runs/"], []),
         (["finetune", "--out", "runs/"], []),
         (["nothing", "x"], []),
@@ -66,3 +81,34 @@ def test_scripts_are_of_their_shell(shell, capsys):
     if shutil.which(shell):
         done = subprocess.run([shell, "-n"], input=script, text=True, capture_output=True)
         assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
+@pytest.mark.parametrize(
+    ("line", "replies"),
+    [
+        ("steppe chat asset:smol", ["smollm2"]),
+        ("steppe finetune --sharpness=fs", ["fsam"]),
+        ("steppe merge ti", ["ties"]),
+    ],
+)
+@pytest.mark.parametrize("breaks", [":=", ""])
+def test_bash_replaces_what_follows_its_own_ends_of_words(line, replies, breaks, tmp_path):
+    if not breaks:  # a whole word is replaced
+        replies = [
+            line.split()[-1].rpartition(end)[0] + end + replies[0] for end in ":=" if end in line
+        ] or replies
+    program = tmp_path / "steppe"
+    program.write_text(
+        f'#!/bin/sh\nexec "{sys.executable}" -m steppe.launch.cli "$@"\n', encoding="utf-8"
+    )
+    program.chmod(0o755)
+    typed = f"COMP_WORDBREAKS=' {breaks}'; COMP_LINE='{line}'; COMP_POINT={len(line)}; _steppe; "
+    script = completion.SCRIPTS["bash"] + typed + "printf '%s\\n' \"${COMPREPLY[@]}\""
+    done = subprocess.run(
+        ["bash", "-c", script],
+        env={**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"},
+        text=True,
+        capture_output=True,
+    )
+    assert done.stdout.split() == replies, done.stderr

@@ -12,6 +12,7 @@ from steppe.launch.compare.journal import Lines
 from steppe.launch.continual import material, table
 from steppe.launch.continual.command import _Stream
 from steppe.launch.continual.settings import ContinualConfig
+from steppe.launch.report import streaming
 from steppe.models.overlays import files
 from steppe.train import continual
 
@@ -73,6 +74,26 @@ def test_the_table_is_that_of_its_stages(done):
     text = (done / "table.md").read_text()
     assert "| method | seeds | a | b | average |" in text
     assert "### o-lora, seed 0" in text
+
+
+def test_the_page_shows_what_is_left_and_is_written_again(done, capsys):
+    page = (done / "report.html").read_text()
+    rows = Lines(done / "stages.jsonl").read
+    learnt, last = (100 * rows[n]["accuracy"][0] for n in (2, 3))
+    assert f"o-lora, a: {learnt:.1f} when learnt, {last:.1f} at the end" in page
+    assert f"after a, b: {rows[0]['accuracy'][1]:.1%}" in page
+    assert f"largest cosine of {rows[3]['cosine']:.2f}" in page
+    (done / "report.html").unlink()
+    assert cli.main(["report", str(done)]) == 0
+    assert (done / "report.html").read_text() == page
+    assert "report.html" in capsys.readouterr().out
+
+
+def test_a_page_without_a_complete_stream():
+    found = table.summary(ContinualConfig(tasks=("file:a", "file:b")), {})
+    page = streaming.render(found)
+    assert "0 of" in page
+    assert "What is left" not in page
 
 
 def test_the_log_covers_every_step_once(done):

@@ -19,7 +19,7 @@ from steppe.launch.pieces import start
 from steppe.models import pretrained, shrink
 from steppe.train import distill
 
-from .conftest import VOCAB, save, write_lines, write_tokenizer
+from .conftest import VOCAB, classes, save, write_lines, write_tokenizer
 
 
 def results(run):
@@ -37,21 +37,6 @@ def losses(run):
 
 def weights(folder):
     return {p.name: p.read_bytes() for p in folder.rglob("*.safetensors")}
-
-
-def classes(world, *more, source=None):
-    return [
-        "distill",
-        f"--data.source={source or world.a}",
-        "--data.max-length=12",
-        "--data.buckets",
-        "8",
-        "12",
-        "--batch-size=16",
-        "--optim.learning-rate=5e-3",
-        "--log-every=1",
-        *more,
-    ]
 
 
 def written(world, out, *more, task="chat"):
@@ -73,15 +58,6 @@ def written(world, out, *more, task="chat"):
 
 
 # --- classes ----------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def taught(reviews, tmp_path_factory):
-    """A run of ``steppe finetune``: the teacher."""
-    out = tmp_path_factory.mktemp("taught") / "run"
-    args = classes(reviews, f"--out={out}", "--steps=40", "--drop=0", "--no-baselines")
-    assert cli.main(["finetune", f"--model={reviews.model}", *args[1:]]) == 0
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +117,8 @@ def test_the_loss_is_that_of_the_two_models(reviews, taught, learnt):
     assert losses(learnt)[1] == pytest.approx(loss(temperature=1.0), rel=1e-5)
 
 
-def _first_loss(reviews, taught):
+def _first_logits(reviews, taught):
+    """Of the first batch: logits of teacher (l) and student (s), labels, mask."""
     from steppe.data import batches
     from steppe.launch import setup
 
@@ -155,29 +132,40 @@ def _first_loss(reviews, taught):
     batch = next(batches.train(made.splits["train"], 16, seed=0, buckets=(8, 12)))
     teacher = pretrained.load(taught / "model")
     student = shrink.student(teacher.model, teacher.params, layers=1)
+    pairs = {"l": teacher, "s": student}
+    found = {
+        k: np.asarray(m.model.apply(m.params, batch).logits, np.float64) for k, m in pairs.items()
+    }
+    return {**found, "labels": np.asarray(batch["labels"]), "mask": np.asarray(batch["label_mask"])}
+
+
+def _first_loss(reviews, taught):
+    z = _first_logits(reviews, taught)
 
     def loss(temperature):
-        z_t = np.asarray(teacher.model.apply(teacher.params, batch).logits, np.float64)
-        z_s = np.asarray(student.model.apply(student.params, batch).logits, np.float64)
         log_p, log_q = (
             x - np.log(np.exp(x).sum(-1, keepdims=True))
-            for x in (z_t / temperature, z_s / temperature)
+            for x in (z["l"] / temperature, z["s"] / temperature)
         )
         kl = (np.exp(log_p) * (log_p - log_q)).sum(-1) * temperature**2
-        z = z_s - np.log(np.exp(z_s).sum(-1, keepdims=True))
-        ce = -np.take_along_axis(z, batch["labels"][:, None], 1)[:, 0]
-        mask = batch["label_mask"]
-        return float((0.5 * (kl + ce) * mask).sum() / mask.sum())
+        own = z["s"] - np.log(np.exp(z["s"]).sum(-1, keepdims=True))
+        ce = -np.take_along_axis(own, z["labels"][:, None], 1)[:, 0]
+        return float((0.5 * (kl + ce) * z["mask"]).sum() / z["mask"].sum())
 
     return loss
 
 
-def test_resumed_is_the_undisturbed_run(reviews, taught, learnt, tmp_path):
-    copy = tmp_path / "run"
-    shutil.copytree(learnt, copy)
+def stopped(run, copy):
+    """A copy of a run of 20 steps as it was after the checkpoint of step 10."""
+    shutil.copytree(run, copy)
     for name in ("results.json", "report.html", "predictions.jsonl"):
         (copy / name).unlink()
     shutil.rmtree(copy / "checkpoints" / "20")
+    return copy
+
+
+def test_resumed_is_the_undisturbed_run(reviews, taught, learnt, tmp_path):
+    copy = stopped(learnt, tmp_path / "run")
     given = (f"--teacher={taught}", "--student=teacher:layers=1", f"--out={copy}", "--drop=0")
     more = ("--steps=20", "--save-every=10", "--resume")
     assert cli.main(classes(reviews, *given, *more)) == 0

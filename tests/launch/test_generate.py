@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from steppe.data.text import Tokenizer
-from steppe.launch import chat, cli, config, generate, opening, writing
+from steppe.launch import chat, cli, generate, opening, sampling, writing
 from steppe.models.decoding import Settings
 
 
@@ -87,7 +87,7 @@ def test_an_encoder_decoder_reads_sources_and_searches(tiny, tmp_path, capsys):
 
 
 def test_chat_prompts_go_through_the_template(tiny, opened, tmp_path):
-    settings = config.GenerateConfig(model=str(tiny.llama), prompt="a b", chat=True, system="c")
+    settings = sampling.GenerateConfig(model=str(tiny.llama), prompt="a b", chat=True, system="c")
     writer = writing.Writer(opened.model, opened.tokenizer, 4)
     (prompt,) = generate.read(settings)
     ids = generate._encode(settings, opened, writer, prompt)
@@ -154,7 +154,7 @@ def test_prompts_are_split_at_new_lines_only(tmp_path):
     (tmp_path / "p.jsonl").write_bytes(text.encode())
     (tmp_path / "p.txt").write_bytes("\n".join(rows).encode())
     for name in ("p.jsonl", "p.txt"):
-        found = generate.read(config.GenerateConfig(prompts=str(tmp_path / name)))
+        found = generate.read(sampling.GenerateConfig(prompts=str(tmp_path / name)))
         assert [prompt.text for prompt in found] == rows
 
 
@@ -164,7 +164,7 @@ def test_a_template_for_a_model_without_one(tiny, capsys):
 
 
 def talk(tiny, lines, **settings):
-    made = config.ChatConfig(model=str(tiny.llama), **{"max_new_tokens": 6, **settings})
+    made = sampling.ChatConfig(model=str(tiny.llama), **{"max_new_tokens": 6, **settings})
     target = io.StringIO()
     assert chat.run(made, io.StringIO(lines), target) == 0
     return target.getvalue()

@@ -464,7 +464,7 @@ def test_figures_bear_what_is_missing():
     assert merging.heat("none", {})
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_benchmark_runs_on_tiny_shapes(tmp_path, monkeypatch, capsys):
     from steppe.launch.bench import merge as bench
     from steppe.launch.bench.harness import Protocol

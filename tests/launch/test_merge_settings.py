@@ -36,6 +36,31 @@ def test_arms_stand_on_what_they_share():
     assert config.arm("ties:k=0.1", shared).batch_size == 4
 
 
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"lam": 1e39}, "lam must be a finite number of float32, got 1e.39"),
+        ({"t": float("inf")}, "t must be a finite number"),
+        ({"sweep": (0.1, -1e39)}, "sweep must hold finite numbers of float32"),
+        ({"seed": 2**32}, r"seed must be in \[0, 2\^32\), got 4294967296"),
+    ],
+)
+def test_numbers_that_the_merge_could_not_hold(values, said):
+    with pytest.raises(ValueError, match=said):
+        MergeConfig(**values)
+
+
+@pytest.mark.parametrize("out", [".", "new/.."])
+def test_the_folder_that_one_is_in_is_no_new_folder(out, tmp_path, monkeypatch, capsys):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    assert cli.main(["merge", "average", "base", "one", "two", "--out", out]) == 2
+    assert "out must not be the folder that you are in" in capsys.readouterr().err
+    assert here.is_dir()
+    assert not list(here.iterdir())
+
+
 def test_a_mistake_in_what_is_shared_leaves_no_folder(tmp_path, capsys):
     out = tmp_path / "out"
     words = ["compare", "merging", "--tasks", *TASKS, "--batch-size", "0", "--out", str(out)]

@@ -83,6 +83,17 @@ def done(tmp_path_factory):
     return config, calls, found
 
 
+def test_a_dry_run_counts_and_writes_nothing(done, tmp_path, capsys):
+    config = done[0]
+    again = dataclasses.replace(config, dry_run=True, resume=True)
+    assert study.run(again) == {"trainings": 0, "rows": len(config.rows()) * 2, "left": 0}
+    fresh = dataclasses.replace(config, dry_run=True, out=str(tmp_path / "new"), seeds=(0, 1, 2))
+    found = study.run(fresh)
+    assert found == {"trainings": 6, "rows": 3 * len(config.rows()), "left": found["rows"]}
+    assert not (tmp_path / "new").exists()
+    assert "6 fine-tunings (2 tasks x 3 seeds" in capsys.readouterr().out
+
+
 def test_every_merge_ran_once(done):
     config, calls, found = done
     assert len(calls) == len(config.rows()) * 2

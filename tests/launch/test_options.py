@@ -94,7 +94,7 @@ def test_lines_fit_the_terminal(words, monkeypatch, capsys):
     assert max(map(len, shown.splitlines())) <= 80
     if words[0] == "tour":
         assert "fine-tune, merge, distil and quantize" in shown
-        assert "optim, epochs, batch-size: of the fine-tuning." in shown
+        assert "  --epochs, --batch-size   of the fine-tuning. [2.0, 8]" in shown
 
 
 def test_settings_of_overlays_stand_below_their_names(monkeypatch):

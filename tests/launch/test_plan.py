@@ -124,7 +124,8 @@ def test_a_recipe_is_planned_with_its_own_settings():
     assert work.build(made).kind == "classification"
     from steppe.launch.distill import recipes as distillations
 
-    taught = settings.of_recipe(distillations.smollm2_cut())
+    recipe = dataclasses.replace(distillations.smollm2_cut(), token_chunk=64)
+    taught = settings.of_recipe(recipe)
     assert (taught.teacher, taught.layers, taught.token_chunk) == ("asset:smollm2", 4, 64)
     both = work.build(taught).params
     assert tree.count(both["student"]) == 42_472_512

@@ -57,7 +57,7 @@ def launch(*command):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_equal_one_also_over_a_stop_and_another_mesh(reviews, tmp_path):
     """Four devices each. Stopped by SIGTERM, it goes on with its parameters split over the two
     processes, which both read all rows then."""
@@ -109,7 +109,7 @@ def test_two_processes_equal_one_also_over_a_stop_and_another_mesh(reviews, tmp_
     assert again == pytest.approx(found["metrics"]["test"], abs=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_failed_rank_ends_the_others_and_its_own_words_come_first(
     reviews, tmp_path, capfd, monkeypatch
 ):
@@ -136,7 +136,7 @@ def test_one_mistake_is_one_line(capfd):
     assert said.out == ""
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ranks_with_other_settings_or_code_are_found_at_the_start(reviews, tmp_path):
     port = local.free_port()
     out = tmp_path / "run"

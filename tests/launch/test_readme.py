@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import pytest
+
 from .test_cli import world  # noqa: F401 -- a fixture
 
 README = Path(__file__).resolve().parents[2] / "README.md"
@@ -47,13 +49,24 @@ def test_the_optimiser_example():
     assert int(state.steps) == 0
 
 
-def test_every_link_and_recipe_exists():
-    text = README.read_text("utf-8")
-    for target in re.findall(r"\]\(([^)#]+)\)", text):
-        assert (README.parent / target).exists(), target
+def _sections(path):
+    """What a page's headings can be linked by."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h).strip().lower().replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("page", ["README.md", "RESULTS.md"])
+def test_every_link_and_recipe_exists(page):
+    text = (README.parent / page).read_text("utf-8")
+    for target, section in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", text):
+        found = README.parent / (target or page)
+        assert found.exists(), target
+        assert not section or section in _sections(found), f"{target}#{section}"
     from steppe.launch.recipes import COMPARISONS, RECIPES
 
     for recipe in re.findall(r"steppe finetune ([a-z][\w-]+)", text):
         assert recipe in RECIPES, recipe
     for recipe in re.findall(r"steppe compare ([a-z][\w-]+)", text):
         assert recipe in COMPARISONS, recipe
+    for name in re.findall(r"launch/bench/results/([\w.-]+\.json)", text):
+        assert (README.parent / "launch/bench/results" / name).exists(), name

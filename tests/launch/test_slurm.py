@@ -27,7 +27,7 @@ from steppe.launch.pods.job import JobSpec
 PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 MISSING = [p for p in ("munged", "slurmctld", "slurmd", "sbatch") if not shutil.which(p, path=PATH)]
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.skipif(
         bool(MISSING),
         reason=f"no SLURM here ({', '.join(MISSING)} missing): apt-get install slurm-wlm munge",

@@ -75,7 +75,7 @@ def test_a_range_outside_the_stack_is_refused(tiny, batch):
         model.parts.layers(params, model.parts.embed(params, batch), start=3, stop=9)
 
 
-def test_embeddings_in_place_of_ids(tiny, batch):
+def test_embeddings_in_place_of_ids(tiny, batch, emitters):
     model, params = tiny
     embeds = params["embed"]["word"]["table"][batch["input_ids"]]
     rest = {k: v for k, v in batch.items() if k != "input_ids"}

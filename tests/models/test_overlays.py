@@ -116,7 +116,7 @@ NEUTRAL = {
 
 
 @pytest.mark.parametrize("name", NEUTRAL)
-def test_at_the_start_it_is_the_base_bitwise(name, tiny, batch):
+def test_at_the_start_it_is_the_base_bitwise(name, tiny, batch, emitters):
     _, params = tiny
     overlay = NEUTRAL[name]
     got = logits(overlay, params, overlay.init(KEY, params), batch)

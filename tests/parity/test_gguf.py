@@ -175,7 +175,7 @@ def test_perplexity_of_a_paragraph(file, reference, loaded):
     assert 5 < perplexity(logits) < 15
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_greedy_text_is_the_same_token_for_token(file, reference, loaded):
     import torch
 

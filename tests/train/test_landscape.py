@@ -117,6 +117,21 @@ def test_a_small_basis_restarts_and_finds_the_same():
     assert found.products > 6
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_large_negative_eigenvalue_does_not_hide_the_positive_one(seed):
+    """In 20,000 dimensions a random start hardly touches either: after two products the top of T
+    is near 0, and its residual small beside the negative one."""
+    values = jnp.full(20_000, 1e-3).at[jnp.array([3, 9_000])].set(jnp.array([-458.0, 103.0]))
+    start = {"w": jnp.zeros(20_000)}
+
+    def loss(params):
+        return 0.5 * (values * params["w"] ** 2).sum()
+
+    found = s.top_eigenvalues(loss, start, jax.random.key(seed), iterations=10, tol=0.05)
+    assert found.values[0] == pytest.approx(103.0, rel=0.05)
+    assert found.products < 10
+
+
 def test_a_start_that_is_an_eigenvector_of_everything():
     found = s.top_eigenvalues(lambda p: 1.5 * flat(p) @ flat(p), ORIGIN, KEY, count=3, iterations=5)
     np.testing.assert_allclose(found.values, 3, atol=1e-5)

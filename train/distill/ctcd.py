@@ -19,7 +19,7 @@ training pass, under dropout where there is any; ``clean_targets`` takes a secon
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -75,12 +75,20 @@ def ctcd_optimiser(
 ) -> optax.GradientTransformation:
     """One transform of both models; give each its own clip, ``optax.chain(clip, adamw)``."""
 
+    return by_branch({LARGE: large, SMALL: small})
+
+
+def by_branch(
+    transforms: Mapping[str, optax.GradientTransformation],
+) -> optax.GradientTransformation:
+    """One transform of a tree, each of whose top-level branches has its own."""
+
     def labels(params: Params) -> Params:
         return {
             name: jax.tree.map(lambda _, name=name: name, branch) for name, branch in params.items()
         }
 
-    return optax.multi_transform({LARGE: large, SMALL: small}, labels)
+    return optax.multi_transform(dict(transforms), labels)
 
 
 def mutual_kd_loss(

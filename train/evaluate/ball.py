@@ -92,8 +92,10 @@ def ball_max(
     at = _origin(params, where=where)
     values, norms = [], []
     for number in range(int(steps) + 1):
-        turn = jax.random.fold_in(key, number)
-        at, value, length = _climb(argument, params, at, numbers, turn, sized=sized, where=where)
+        at, value, length, slope = _climb(argument, params, at, numbers, sized=sized, where=where)
+        if float(slope) == 0.0:
+            # Not a branch of the step: the draw would double what the step takes to compile.
+            at = _wander(params, at, numbers, jax.random.fold_in(key, number), where=where)
         values.append(value)
         norms.append(length)
     trace = jnp.stack(values).astype(jnp.float32)
@@ -113,35 +115,42 @@ def _climb(
     params: Params,
     u: Params,
     numbers: jax.Array,
-    key: jax.Array,
     *,
     sized: str,
     where: Placement,
-) -> tuple[Params, jax.Array, jax.Array]:
-    """The next u, and at this one the loss and the norm of the gradient."""
+) -> tuple[Params, jax.Array, jax.Array, jax.Array]:
+    """The next u; at this one the loss, the norm of the gradient, and of the way up (0: none)."""
     rho, eta, stride = numbers
 
     t = sizes(params, eta, sized)
     here = displace(params, jax.tree.map(jnp.multiply, t, u))
     value, grads = landscape.value_and_grad(loss, here)
     climb = jax.tree.map(lambda t, g: t * g.astype(jnp.float32), t, grads)
-    length = global_norm(climb)
+    slope = global_norm(climb)
+    # A gradient too long for its norm has no direction: 0 there would end the climb quietly.
+    scale = jnp.where(jnp.isinf(slope), jnp.nan, jnp.where(slope == 0, 1.0, slope))
+    direction = jax.tree.map(lambda x: x / scale, climb)
+    moved = landscape.pin(_within(u, direction, rho, stride), where)
+    return moved, value, global_norm(grads), slope
 
-    def anywhere() -> Params:
-        drawn = landscape.draw(key, params, "normal")
-        total = global_norm(drawn)
-        return jax.tree.map(lambda x: x / total, drawn)
 
-    def uphill() -> Params:
-        # A gradient too long for its norm has no direction: 0 there would end the climb quietly.
-        scale = jnp.where(jnp.isinf(length), jnp.nan, jnp.where(length == 0, 1.0, length))
-        return jax.tree.map(lambda x: x / scale, climb)
+@functools.partial(jax.jit, static_argnames=("where",), donate_argnums=(1,))
+def _wander(
+    params: Params, u: Params, numbers: jax.Array, key: jax.Array, *, where: Placement
+) -> Params:
+    """A step in a random direction."""
+    rho, _, stride = numbers
+    drawn = landscape.draw(key, params, "normal", where)
+    total = global_norm(drawn)
+    direction = jax.tree.map(lambda x: x / total, drawn)
+    return landscape.pin(_within(u, direction, rho, stride), where)
 
-    direction = jax.lax.cond(length == 0, anywhere, uphill)
+
+def _within(u: Params, direction: Params, rho: jax.Array, stride: jax.Array) -> Params:
+    """A step along a unit vector, and back to the ball where it left it."""
     moved = jax.tree.map(lambda u, d: u + stride * rho * d, u, direction)
     norm = global_norm(moved)
     # A NaN norm must not be hidden: the next value is then NaN, and so is the result.
     shrink = jnp.where(norm > rho, rho / jnp.where(norm == 0, 1.0, norm), 1.0)
     shrink = jnp.where(jnp.isnan(norm), norm, shrink)
-    moved = landscape.pin(jax.tree.map(lambda u: u * shrink, moved), where)
-    return moved, value, global_norm(grads)
+    return jax.tree.map(lambda u: u * shrink, moved)

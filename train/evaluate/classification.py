@@ -50,8 +50,11 @@ def accuracy(predictions: Any, labels: Any) -> float:
     Raises:
       ValueError: no examples, or different lengths.
     """
-    matrix = confusion_matrix(predictions, labels)
-    return float(np.trace(matrix) / matrix.sum())
+    z = checks.classes(predictions, "predictions")
+    y = checks.classes(labels, "labels")
+    checks.same_length(predictions=z, labels=y)
+    # No matrix: the classes may be the tokens of a vocabulary.
+    return float(np.count_nonzero(z == y) / len(z))
 
 
 def precision_recall_f1(

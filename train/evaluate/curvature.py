@@ -113,8 +113,8 @@ def top_eigenvalues(
       key: of the random start.
       count: how many eigenvalues.
       iterations: most Hessian-vector products; each costs about two gradients.
-      tol: stop when the residuals of all of them are at most tol times the largest eigenvalue's
-        size; 0 spends all iterations.
+      tol: stop when the residual of each of them is at most tol times its own size; 0 spends all
+        iterations.
       basis: vectors held at once, see above; None = ``iterations``.
       vectors: also return the eigenvectors.
       tell: called after each product.
@@ -293,8 +293,12 @@ def _lanczos(
             fresh = jax.random.fold_in(key, products)
             vector = _apart(_start(fresh, params, kind="normal", where=where), basis, where=where)
             continue
-        if count is not None and held >= count and residuals[-count:].max() <= tol * size:
-            return found
+        if count is not None and tol and held >= count:
+            # To their own size: beside a large negative eigenvalue the first small one that comes
+            # up at the top would look as if it were found.
+            wanted = np.maximum(tol * np.abs(values[-count:]), _ROUNDING * size)
+            if (residuals[-count:] <= wanted).all():
+                return found
         if held == room:
             assert count is not None
             kept = min(room - 1, max(count + 1, room // 2))
@@ -320,7 +324,7 @@ def _column(values: np.ndarray, room: int) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnames=("kind", "where"))
 def _start(key: jax.Array, params: Params, *, kind: str, where: Placement) -> Params:
-    drawn = landscape.draw(key, params, kind)
+    drawn = landscape.draw(key, params, kind, where)
     length = global_norm(drawn)
     return landscape.pin(jax.tree.map(lambda x: x / length, drawn), where)
 
@@ -403,7 +407,7 @@ def _combine(basis: Any, column: jax.Array, *, where: Placement) -> Params:
 
 @functools.partial(jax.jit, static_argnames=("where",))
 def _signs(key: jax.Array, params: Params, *, where: Placement) -> Params:
-    return landscape.pin(landscape.draw(key, params, "sign"), where)
+    return landscape.pin(landscape.draw(key, params, "sign", where), where)
 
 
 _dot = jax.jit(landscape.dot)

@@ -7,9 +7,18 @@
 ``surface``     losses along lines and over planes, with filter-normalised directions
 ==============  =================================================================================
 
-    loss = batched_loss(objective, frozen, batches)
-    ball_max(loss, params, 0.05).gap
-    top_eigenvalues(loss, params, jax.random.key(0)).values
+    >>> import jax, jax.numpy as jnp
+    >>> from steppe.train import LossOut
+    >>> def objective(params, batch, key):  # 3 w_0^2 + w_1^2 a row: the Hessian is diag(6, 2)
+    ...     loss = 3 * params["w"][0] ** 2 + params["w"][1] ** 2
+    ...     return LossOut(loss * batch["x"].shape[0], jnp.float32(batch["x"].shape[0]), {})
+    >>> loss = batched_loss(objective, {}, [{"x": jnp.zeros((4, 1))}])
+    >>> params = {"w": jnp.zeros(2)}
+    >>> found = top_eigenvalues(loss, params, jax.random.key(0))
+    >>> round(float(found.values[0]), 3)
+    6.0
+    >>> round(float(ball_max(loss, {"w": jnp.ones(2)}, 0.05).gap), 2)  # the norm of (6, 2) x rho
+    0.32
 """
 
 from steppe.train.evaluate.ball import Ball, ball_max

@@ -117,7 +117,7 @@ def directions(
 def _direction(
     key: jax.Array, params: Params, *, kind: str, vectors: bool, where: Placement
 ) -> Params:
-    drawn = landscape.draw(key, params, "normal")
+    drawn = landscape.draw(key, params, "normal", where)
 
     def one(path: Any, d: jax.Array, w: jax.Array) -> jax.Array:
         matrix = dimensions(path, w) >= 2

@@ -28,6 +28,7 @@ from steppe.models.tree import Params
 from steppe.train.evaluate import runner
 
 HEADS, FOLDER = "heads.json", "heads"
+LONGEST = 200  # bytes of a task's name; files have 255, endings and scratch names included
 HEAD = "head"
 CURE = "merge the models again, or copy the file anew from where the folder came"
 
@@ -175,10 +176,35 @@ def write(
     (folder / HEADS).write_text(json.dumps(entries, indent=2) + "\n", "utf-8")
 
 
+def stored(config: Any, family: Any) -> dict[str, tuple[Any, str, tuple[int, ...]]]:
+    """The tensors of a network's head in a file: name -> (its map, path below ``head``, shape).
+
+    Args:
+      config: configuration of the network with the head.
+      family: the model family, which names the tensors.
+    """
+    wanted = tree.flatten(config.build().abstract())
+    top = HEAD + tree.SEPARATOR
+    return {
+        name.tensor: (
+            name,
+            name.path.removeprefix(top),
+            tuple(name.stored_shape(wanted[name.path].shape)),
+        )
+        for name in family.heads[config.head.kind].of(config)
+        if name.path in wanted and name.path.startswith(top)
+    }
+
+
 def check_name(task: str) -> None:
     """Raises a ValueError for a task that cannot be the name of a file."""
-    if not task or Path(task).name != task or task.startswith("."):
-        raise ValueError(f"a task's name must be able to name a file, got {task!r}")
+    plain = task and Path(task).name == task and not task.startswith(".") and task.isprintable()
+    if not plain or len(task.encode("utf-8", "replace")) > LONGEST:
+        shown = task if len(task) <= 40 else task[:40] + "..."
+        raise ValueError(
+            f"a task's name must be able to name a file (at most {LONGEST} bytes, no folder, no "
+            f"dot in front, nothing that does not print), got {shown!r}"
+        )
 
 
 def load(
@@ -219,24 +245,19 @@ def load(
         file = path / FOLDER / f"{task}.safetensors"
         store = weights.Safetensors([file])
         shapes = store.shapes()
-        wanted = tree.flatten(config.with_head(own).build().abstract())
         leaves = {}
-        for name in family.heads[own.kind].of(config.with_head(own)):
-            if name.path not in wanted or not name.path.startswith(HEAD + tree.SEPARATOR):
-                continue
-            expected = name.stored_shape(wanted[name.path].shape)
-            if tuple(shapes.get(name.tensor, ())) != tuple(expected):
+        for tensor, (name, path_, expected) in stored(config.with_head(own), family).items():
+            if tuple(shapes.get(tensor, ())) != expected:
                 raise ValueError(
-                    f"{file}: tensor {name.tensor!r} must have shape {tuple(expected)}, "
-                    f"got {shapes.get(name.tensor, 'none')}"
+                    f"{file}: tensor {tensor!r} must have shape {expected}, "
+                    f"got {shapes.get(tensor, 'none')}"
                 )
-            stored = store.read(name.tensor)
+            values = store.read(tensor)
             if name.codec is not None:
-                stored = name.codec.load(stored)
+                values = name.codec.load(values)
             elif name.transposed:
-                stored = stored.T
-            leaf = jnp.asarray(np.array(stored), jnp.dtype(dtype))
-            leaves[name.path.removeprefix(HEAD + tree.SEPARATOR)] = leaf
+                values = values.T
+            leaves[path_] = jnp.asarray(np.array(values), jnp.dtype(dtype))
         params = tree.unflatten(leaves)
         if plan is not None and params:
             params = plan.place({HEAD: params})[HEAD]

@@ -121,14 +121,22 @@ def open_input(folder: str | os.PathLike[str], name: str) -> Input:
             raw = json.loads(config.read_text("utf-8"))
         except ValueError as error:
             raise ValueError(f"{config} is not valid JSON ({error})") from error
+        if not isinstance(raw, dict):
+            raise ValueError(f"{config} must hold an object, got {json.dumps(raw)[:40]}")
     opened = Input(name, path, raw, {}, store)
     family = opened.family
     prefix = f"{family.prefix}." if family is not None and family.prefix else ""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for stored, shape in store.shapes().items():
         view = store.read(stored)
         file = Path(view.filename) if isinstance(view, np.memmap) and view.filename else path
-        tensors[stored.removeprefix(prefix)] = Tensor(stored, tuple(shape), view.dtype, file)
+        short = stored.removeprefix(prefix)
+        if short in tensors:
+            raise ValueError(
+                f"{file}: tensors {tensors[short].stored!r} and {stored!r} are both {short!r} to "
+                "this family; keep the one that belongs to the model"
+            )
+        tensors[short] = Tensor(stored, tuple(shape), view.dtype, file)
     return Input(name, path, raw, tensors, store)
 
 

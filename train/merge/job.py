@@ -208,7 +208,13 @@ class Job:
             values = self._merged(name, piece, fixed)
             # jax has no float64 by default: it would silently leave float32.
             narrow = values if dtype.itemsize > 4 else values.astype(dtype)
-            yield piece.start, np.asarray(narrow)[: piece.stop - piece.start].astype(dtype)
+            merged = np.asarray(narrow)[: piece.stop - piece.start].astype(dtype)
+            if not np.isfinite(merged).all():
+                raise ValueError(
+                    f"tensor {origin.tensors[name].stored!r} of the merged model leaves the range "
+                    f"of {dtype}; take smaller coefficients"
+                )
+            yield piece.start, merged
 
     def _fixed(self, name: str) -> list[Any] | None:
         """Coefficients of the models where the merge is a weighted sum, or None."""

@@ -227,6 +227,12 @@ def task_arithmetic(theta0: Mapping[str, Any], taus: Mapping[str, Any], lam: Any
 
     Raises:
       ValueError: ``taus`` are not of this base; lam has neither shape, or is not finite.
+
+    Example:
+      >>> base = {"w": jnp.array([1.0, 1.0])}
+      >>> taus = task_vectors(base, [{"w": jnp.array([3.0, 1.0])}, {"w": jnp.array([1.0, 0.0])}])
+      >>> task_arithmetic(base, taus, 0.5)["w"].tolist()
+      [2.0, 0.5]
     """
     count = tasks(taus)
     coefficients = coefficient(lam, count)

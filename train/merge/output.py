@@ -277,13 +277,18 @@ class Output:
         """Waits for the disk, then tells the journal."""
         with explained(self.folder):
             for handle in self._files.values():
-                os.fsync(handle)
+                if handle >= 0:
+                    os.fsync(handle)
             if self._pending:
                 self._log(*({"tensor": name} for name in self._pending))
         self._pending, self._unsynced = [], 0
 
     def publish(self) -> Path:
-        """Moves the complete folder to its place."""
+        """Moves the complete folder to its place.
+
+        Raises:
+          FileExistsError: something has been put there meanwhile; the merge is kept.
+        """
         self.sync()
         self._close_files()
         if len(self._files) > 1:
@@ -294,10 +299,17 @@ class Output:
             }
             with explained(self.folder / weights.SHARDED):
                 (self.folder / weights.SHARDED).write_text(json.dumps(index, indent=2), "utf-8")
-        (self.folder / JOURNAL).unlink()
-        if self.target.exists():
-            self.target.rmdir()
-        self.folder.rename(self.target)
+        try:
+            if self.target.exists():
+                self.target.rmdir()
+            self.folder.rename(self.target)
+        except OSError as error:
+            raise FileExistsError(
+                f"{self.target} cannot be replaced ({error.strerror}); what is merged is kept: "
+                "make it an empty folder again, or remove it, and give the same call"
+            ) from error
+        # To the last moment: without it another call would begin anew.
+        (self.target / JOURNAL).unlink()
         self._release()
         return self.target
 
@@ -314,9 +326,11 @@ class Output:
 
     def interrupt(self) -> None:
         """Saves what is finished and closes, whatever state the disk is in."""
-        with contextlib.suppress(OSError):
-            self.sync()
-        self.close()
+        try:
+            with contextlib.suppress(OSError):
+                self.sync()
+        finally:
+            self.close()
 
     def discard(self) -> None:
         """Removes the partial output."""

@@ -20,13 +20,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-import jax.numpy as jnp
 import numpy as np
 
 from steppe.models import pretrained
+from steppe.train.merge import entries as entries_
 from steppe.train.merge import heads as heads_
 from steppe.train.merge import methods
-from steppe.train.merge.inputs import Input, Report, declared, digest, head_of, inspect
+from steppe.train.merge.inputs import Report, digest, head_of, inspect
 from steppe.train.merge.job import Job, open_fishers
 from steppe.train.merge.methods import (
     Average,
@@ -125,7 +125,7 @@ def merge(
     for name in names_:
         tensor = report.origin(name).tensors[name]
         layout[tensor.stored] = (tensor.shape, tensor.dtype)
-    _check_heads(report)
+    entries_.check(report)
     run = {
         "method": repr(method),
         "inputs": digest([*report.inputs, *fishers]),
@@ -187,7 +187,7 @@ def _beside(folder: Path, report: Report, tokenizer: str | os.PathLike[str] | No
         return
     entries: dict[str, Any] = {}
     for one in kept:
-        entries[one.name] = _entry(one)
+        entries[one.name] = entries_.entry(one)
         tensors = {n: np.array(one.read(n)).reshape(one.tensors[n].shape)
                    for n in report.apart[one.name]}  # fmt: skip
         heads_.write(folder, entries, {one.name: tensors})
@@ -196,33 +196,3 @@ def _beside(folder: Path, report: Report, tokenizer: str | os.PathLike[str] | No
 def _apart(report: Report) -> set[str]:
     """Tensors that stay with their task."""
     return {name for one in report.models for name in report.apart.get(one.name, ())}
-
-
-def _check_heads(report: Report) -> None:
-    """
-    Raises:
-      ValueError: NaN or infinity in a tensor that stays with its task (names file and tensor).
-    """
-    for one in report.models:
-        for name in report.apart.get(one.name, ()):
-            tensor = one.tensors[name]
-            moves = jnp.issubdtype(tensor.dtype, jnp.floating)
-            if moves and not np.isfinite(np.array(one.read(name))).all():
-                raise ValueError(
-                    f"{tensor.file}: tensor {tensor.stored!r} holds NaN or infinity; the training "
-                    "that made it diverged"
-                )
-
-
-def _entry(one: Input) -> dict[str, Any]:
-    """What ``heads.json`` says of a model's head."""
-    found = declared(one)
-    if found is None:
-        return {"kind": None, "labels": None}
-    kind, family = found
-    table = one.raw.get("id2label")
-    labels = [str(table[k]) for k in sorted(table, key=int)] if table else None
-    count = {"regression": 1, "span": 2}.get(kind, len(labels) if labels else 2)
-    drop = float(one.raw.get("classifier_dropout") or 0.0)
-    head = family.head(kind, count, drop)
-    return heads_.describe(head, labels if labels and len(labels) == count else None)

@@ -8,7 +8,15 @@ made for.
 from __future__ import annotations
 
 from steppe.data.assets.catalogue import CATALOGUE
-from steppe.data.assets.readers import bigbench, images, instructions, spider, text, translation
+from steppe.data.assets.readers import (
+    bigbench,
+    emoji,
+    images,
+    instructions,
+    spider,
+    text,
+    translation,
+)
 from steppe.data.assets.readers.part import Kind, Part, Record, Records, View
 from steppe.data.assets.readers.text import base_tag
 from steppe.data.errors import AssetError, listing, near
@@ -18,6 +26,7 @@ __all__ = ["PARTS", "Kind", "Part", "Record", "Records", "View", "base_tag", "pa
 PARTS: dict[str, Part] = {
     **text.PARTS,
     **images.PARTS,
+    **emoji.PARTS,
     **spider.PARTS,
     **translation.PARTS,
     **bigbench.PARTS,

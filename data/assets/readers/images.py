@@ -75,7 +75,7 @@ def pictures(
     return View(range(len(images)) if order is None else order, make)
 
 
-def _mixed(count: int, prefix: str) -> list[int]:
+def in_mixed_order(count: int, prefix: str) -> list[int]:
     """Numbers in the order of the hash of their ids.
 
     For files that are sorted by class: any stretch of the records then holds all classes.
@@ -189,7 +189,7 @@ def _fashion(folder: Path) -> View[tuple[View[int], int]]:
 def _table(file: str, name: str, side: int, top: int) -> Callable[[Path], View[int]]:
     def read(folder: Path) -> View[int]:
         images, labels = read_table(folder / file, side, top)
-        return pictures(images, labels, DIGITS, name, _mixed(len(images), name))
+        return pictures(images, labels, DIGITS, name, in_mixed_order(len(images), name))
 
     return read
 
@@ -207,7 +207,7 @@ def _cifar10(folder: Path) -> View[int]:
             raise DataError(f"{where}: expected one class of {listing(OBJECTS)}, got {right}")
         labels[number] = OBJECTS.index(right[0])
         images[number] = read_png(field(example, "input", str, where), (32, 32, 3), where)
-    return pictures(images, labels, OBJECTS, "cifar10", _mixed(len(images), "cifar10"))
+    return pictures(images, labels, OBJECTS, "cifar10", in_mixed_order(len(images), "cifar10"))
 
 
 _COLUMNS = ("image", "label")

@@ -75,7 +75,7 @@ def test_the_objective_is_the_loss():
             np.testing.assert_allclose(out.aux[name][0] / out.weight, value, rtol=1e-5)
 
 
-def test_without_the_soft_loss_it_is_masked_language_modelling():
+def test_without_the_soft_loss_it_is_masked_language_modelling(emitters):
     student, params, weak = models()
     plain = small.value(objectives.mlm_ce(student), params, small.masked())
     dwt = small.value(distill.dwt(student, weak, alpha_s=0), params, small.masked())

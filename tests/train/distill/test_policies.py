@@ -271,11 +271,12 @@ def test_the_buffer_keeps_the_newest_rows():
     rows = {"x": np.arange(3)[:, None], "y": np.float32(np.arange(3)), "scalar": np.float32(1)}
     held = replay.buffer(rows, 5)
     assert set(held.rows) == {"x", "y"}
+    others = replay.push._cache_size()  # of whatever ran in this process before
     for i in range(3):
         held = replay.push(held, {k: v + 10 * i for k, v in rows.items()})
     assert int(held.size) == 5
     assert sorted(np.array(held.rows["y"]).tolist()) == [11, 12, 20, 21, 22]
-    assert replay.push._cache_size() == 1
+    assert replay.push._cache_size() <= others + 1
     drawn = replay.draw(held, KEY, 64)
     assert set(np.array(drawn["y"]).tolist()) == {11, 12, 20, 21, 22}
     np.testing.assert_array_equal(drawn["x"][:, 0], drawn["y"])
