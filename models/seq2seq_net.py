@@ -24,10 +24,12 @@ from steppe.models.sites import (
     DECODER,
     ENCODER,
     GATE_SITE,
+    LATE,
     LAYER_SITES,
     OUTER_SITES,
     SSRU_SITES,
     Hooks,
+    LateSite,
     Site,
     SiteContext,
     check_sites,
@@ -67,7 +69,7 @@ class Network:
         if c.cell == "ssru":
             own = tuple(n for n in LAYER_SITES if not n.startswith("attn.")) + SSRU_SITES
         self.inner = {
-            ENCODER: ("embed", *LAYER_SITES, *gate),
+            ENCODER: ("embed", *LAYER_SITES, *gate, LATE),
             DECODER: ("embed", *own, *gate, *CROSS_SITES),
         }
         self.sites = (*(f"{p}.{n}" for p, names in self.inner.items() for n in names), "logits")
@@ -179,7 +181,53 @@ class Network:
         source = self.embed(
             params, ENCODER, ids, mask, batch.get("position_ids"), embeds=embeds, **options
         )
-        return self.stack(params, ENCODER, source, masks, **options), source
+        if f"{ENCODER}.{LATE}" not in (sites or {}):
+            return self.stack(params, ENCODER, source, masks, **options), source
+        source, layer = self._between(params, source, masks, **options)
+        return self.stack(params, ENCODER, source, masks, start=layer, **options), source
+
+    def _between(
+        self,
+        params: Params,
+        source: Inputs,
+        masks: Seq2SeqMasks | None,
+        *,
+        sites: Mapping[str, Site] | None,
+        rng: jax.Array | None,
+        train: bool,
+    ) -> tuple[Inputs, int]:
+        """What a late site makes of the encoder's states, and the layer that reads it."""
+        others = within(sites, ENCODER)
+        site, depth = others.pop(LATE), self.config.depth(ENCODER)
+        if not isinstance(site, LateSite):
+            raise ValueError("one overlay can be attached at 'encoder.late', and one is already")
+        layer = depth // 2 if site.layer < 0 else site.layer
+        if layer > depth:
+            raise ValueError(f"layer must be in 0..{depth} for an encoder of {depth}, got {layer}")
+        if site.stop and others:
+            raise ValueError(
+                f"stop=True ends the gradient after layer {layer} of the encoder, below which "
+                f"other sites are attached ({', '.join(others)}); use stop=False"
+            )
+        if "resid" in others:
+            raise ValueError(
+                "a site 'encoder.resid' adds to columns of the text (mp2, added prompts), which "
+                f"move after layer {layer}; attach one of the overlays"
+            )
+        options: dict[str, Any] = {"sites": sites, "rng": rng, "train": train}
+        hidden = self.stack(params, ENCODER, source, masks, stop=layer, **options)
+        if site.stop:
+            hidden = jax.lax.stop_gradient(hidden)
+        states = source._replace(hidden=hidden)
+        rows, length, _ = hidden.shape
+        mask = jnp.ones((rows, length), bool) if states.mask is None else states.mask != 0
+        mask = mask if mask.ndim == 2 else mask.any(1)
+        # A source ends with the token that ends it, and need not begin with one that stands for it.
+        last = length - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+        key = jax.random.fold_in(rng, 5) if train and rng is not None else None
+        context = SiteContext(rng=key, train=train, mask=mask, reads=last)
+        after: Inputs = site.fn(site.delta, states, lambda x: x, context)
+        return after, layer
 
     def embed(
         self,
@@ -256,12 +304,15 @@ class Network:
         memory: jax.Array | None = None,
         source: Inputs | None = None,
         *,
+        start: int = 0,
+        stop: int | None = None,
         sites: Mapping[str, Site] | None = None,
         rng: jax.Array | None = None,
         train: bool = False,
         all_hidden: bool = False,
     ) -> jax.Array:
-        """One stack over whole sequences, with the norm that ends a pre-norm model."""
+        """Layers ``start <= l < stop`` of a stack over whole sequences; without ``stop``, the norm
+        that ends a pre-norm model too."""
         c, net = self.config, self.blocks[part]
         key = self.key(rng, train, 1 if part == ENCODER else 3)
         fixed = self.masks_and_bias(params, part, inputs, source)
@@ -277,13 +328,17 @@ class Network:
             params[part]["layers"],
             inputs.hidden,
             layers=c.depth(part),
-            sites={n: s for n, s in within(sites, part).items() if n not in OUTER_SITES},
+            start=start,
+            stop=stop,
+            sites={n: s for n, s in within(sites, part).items() if n not in (*OUTER_SITES, LATE)},
             masks=self.layer_masks(part, masks),
             context=SiteContext(rng=key, train=train, mask=inputs.mask),
             remat=c.remat,
             unroll=c.unroll,
             all_hidden=all_hidden,
         )
+        if stop is not None:
+            return hidden
         if not all_hidden:
             return self.finish(params, part, hidden, key)
         return hidden.at[-1].set(self.finish(params, part, hidden[-1], key))

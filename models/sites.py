@@ -35,6 +35,9 @@ An encoder-decoder has two stacks: the names of its sites begin with ``encoder.`
                           replaces self-attention in some decoders
 ========================  ===================================================================
 
+and its encoder ``late``, between two layers of it: states, with their mask, each side (an
+``Inputs``). What is attached there is a :class:`LateSite`, which says between which.
+
 Sites inside the layers hold their parameters stacked on axis 0, one slice a layer, so that
 they pass through the layer scan. An absent site leaves no trace in the compiled program.
 
@@ -70,6 +73,8 @@ GATE_SITE = "ffn.gate"
 # What a layer of an encoder-decoder's decoder has beside, or instead of, those above.
 CROSS_SITES = ("cross.q", "cross.k", "cross.v", "cross.kv_prefix", "cross.o")
 SSRU_SITES = ("ssru.in", "ssru.forget")
+# Between two layers of an encoder-decoder's encoder; its parameters have no layer axis.
+LATE = "late"
 ENCODER, DECODER = "encoder", "decoder"
 
 
@@ -88,7 +93,7 @@ class SiteContext(NamedTuple):
       step: whether one token is being read after a prompt (``Decode.step``); what was put in
         front of the prompt is there already.
       reads: at a site between two layers, the position [B] that stands for the whole text: the
-        first token's in an encoder, the last one's in a decoder.
+        first token's in an encoder, the last one's in a decoder and in the encoder of two stacks.
     """
 
     layer: jax.Array | None = None
@@ -122,6 +127,19 @@ class Site:
     fn: SiteFn
     delta: Any
     tokenwise: bool = False
+
+
+@dataclass(frozen=True)
+class LateSite(Site):
+    """A site between two layers of a stack.
+
+    Attributes:
+      layer: layers below it, 0 to L; -1 = half of them.
+      stop: no gradient flows below it.
+    """
+
+    layer: int = -1
+    stop: bool = True
 
 
 _LISTENER: contextvars.ContextVar[dict[str, jax.Array] | None] = contextvars.ContextVar(
@@ -188,7 +206,7 @@ def check_sites(sites: Mapping[str, Site] | None, known: tuple[str, ...], layers
     for name, site in (sites or {}).items():
         if name not in known:
             raise ValueError(f"this model has no site {name!r}; its sites are {', '.join(known)}")
-        if name in OUTER_SITES:
+        if name in OUTER_SITES or name == LATE:
             continue
         for leaf in jax.tree.leaves(site.delta):
             if leaf.ndim == 0 or leaf.shape[0] != layers:

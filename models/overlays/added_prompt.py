@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from steppe.models import tree
 from steppe.models.decoder import DecoderConfig
 from steppe.models.model import Inputs, Model
-from steppe.models.overlays.overlay import Overlay, kernel_paths
+from steppe.models.overlays.overlay import Overlay, check_stack, stack_shape
 from steppe.models.overlays.prompt import table_of
 from steppe.models.sites import Site, SiteContext
 from steppe.models.tree import Params
@@ -43,6 +43,7 @@ def overlay(
     first: int = 1,
     ids: Sequence[int] = (),
     after: Sequence[int] = (),
+    stack: str = "",
 ) -> Overlay:
     """The overlay of added prompts.
 
@@ -53,6 +54,8 @@ def overlay(
       ids: the words, at least n; those beyond n are read as they are. Empty = the n ids from
         1000 on.
       after: tokens that stand behind every text, before its padding.
+      stack: ``encoder`` in an encoder-decoder, where they stand in the source; ``first=0`` where
+        sources do not begin with a token of their own (T5, Marian).
 
     Returns:
       An overlay whose delta is ``{"words": [>= n, D], "prompt": [n, D]}``, deep ``{"words",
@@ -61,10 +64,10 @@ def overlay(
       form.
 
     Raises:
-      ValueError: length < 1, first that is neither 0 nor 1, fewer ids than length; from ``init``
-        an id outside the vocabulary, no position left for the text, or a model that is no single
-        stack of layers; from ``bind`` a decoder with first=1; from ``apply`` another overlay that
-        puts rows in front.
+      ValueError: length < 1, first that is neither 0 nor 1, fewer ids than length, another stack;
+        from ``init`` an id outside the vocabulary, no position left for the text, or a model
+        without words or with other stacks; from ``bind`` a decoder with first=1; from ``apply``
+        another overlay that puts rows in front.
     """
     if length < 1:
         raise ValueError(f"length must be >= 1, got {length}")
@@ -72,14 +75,16 @@ def overlay(
         raise ValueError(f"first must be 0 or 1, got {first}")
     words = tuple(int(i) for i in ids) or tuple(range(FIRST_ID, FIRST_ID + length))
     behind = tuple(int(i) for i in after)
+    check_stack(stack)
+    place = f"{stack}." if stack else ""
     if len(words) < length:
         raise ValueError(f"ids must name at least length={length} tokens, got {len(words)}")
 
     def init(key: jax.Array, params: Params) -> Params:
+        layers, _ = stack_shape(params, stack, "added-prompt")
         table = table_of(params, "word")
-        stacks = {path.split(f"{tree.STACK}/")[0] for path in kernel_paths(params).values()}
-        if table is None or stacks != {""}:
-            raise ValueError("added prompts need a model of one stack of layers that embeds words")
+        if table is None:
+            raise ValueError("added-prompt needs a model that embeds words")
         size, width = table.shape
         for name, given in (("ids", words), ("after", behind)):
             bad = next((i for i in given if not 0 <= i < size), None)
@@ -97,8 +102,7 @@ def overlay(
             made["after"] = _rows(table, behind)
         if not deep:
             return {**made, "prompt": jnp.zeros((length, width))}
-        kernel = tree.get(params, next(iter(kernel_paths(params).values())))
-        return {**made, tree.STACK: {"resid": jnp.zeros((kernel.shape[0], length, width))}}
+        return {**made, tree.STACK: {"resid": jnp.zeros((layers, length, width))}}
 
     def attach(delta: Params) -> dict[str, Site]:
         def embed(own: Params, x: Inputs, base: Callable[[Any], Any], context: SiteContext) -> Any:
@@ -115,10 +119,10 @@ def overlay(
                 return done
             return done._replace(hidden=added(done.hidden, own["prompt"], first))
 
-        sites = {"embed": Site(embed, {k: v for k, v in delta.items() if k != tree.STACK})}
+        sites = {f"{place}embed": Site(embed, {k: v for k, v in delta.items() if k != tree.STACK})}
         if deep:
             # What is added to a token depends on nothing else.
-            sites["resid"] = Site(resid, delta[tree.STACK]["resid"], tokenwise=True)
+            sites[f"{place}resid"] = Site(resid, delta[tree.STACK]["resid"], tokenwise=True)
         return sites
 
     def resid(rows: Any, x: Any, base: Callable[[Any], Any], context: SiteContext) -> Any:
@@ -133,6 +137,7 @@ def overlay(
         return model
 
     settings = {"length": length, "deep": deep, "first": first, "ids": words, "after": behind}
+    settings |= {"stack": stack}
     return Overlay(
         "added-prompt",
         init,

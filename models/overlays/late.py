@@ -54,7 +54,8 @@ def insert_after(model: Model, layer: int, *, stop: bool = True) -> Model:
     if not isinstance(config, EncoderConfig | DecoderConfig):
         raise ValueError(
             "a prompt between two layers needs an encoder or a decoder, got a "
-            f"{type(config).__name__}"
+            f"{type(config).__name__}; in an encoder-decoder it stands in the encoder, with "
+            "stack=encoder"
         )
     if parts is None:
         raise ValueError(

@@ -11,12 +11,16 @@
 u is the state of the first token in an encoder, of the last one in a decoder. S_j are adaptive
 pools: the real tokens floor(j n / t) .. ceil((j + 1) n / t) - 1. W_1: D -> m. Nothing below layer
 k trains, so the backward pass ends there. P = 0 is not the base: its rows take part in attention.
-Where layers rotate queries and keys, the prompt has positions in front of the text's.
+Where layers rotate queries and keys, the prompt has positions in front of the text's; so has it
+under a bias by distance. In an encoder-decoder the layers are the encoder's (``stack="encoder"``),
+the decoder attends to the prompt as to the text, u is the state of the source's last token, and
+the bound model generates.
 
 Liu, Sun, Huang, Qiu, Findings of EMNLP 2022, arXiv 2210.11292.
 
 Deviations: all real tokens are pooled, where the published code leaves a decoder's last one out; a
-generator of a language model reads what stands before the first label alone.
+generator of a language model reads what stands before the first label alone. Encoder-decoders are
+not in the paper: their sources need not begin with a token that stands for the whole.
 """
 
 from __future__ import annotations
@@ -28,13 +32,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from steppe.models import tree
 from steppe.models.dropout import dropout
 from steppe.models.model import Inputs, Model
 from steppe.models.overlays import prompt
 from steppe.models.overlays.late import SITE, insert_after
-from steppe.models.overlays.overlay import Overlay, kernel_paths
-from steppe.models.sites import Site, SiteContext
+from steppe.models.overlays.overlay import Overlay, check_stack, stack_shape
+from steppe.models.seq2seq import Seq2SeqConfig
+from steppe.models.sites import LateSite, Site, SiteContext
 from steppe.models.tree import Params
 
 KINDS = ("npg", "appg", "mppg", "free")
@@ -49,8 +53,9 @@ def overlay(
     drop: float = 0.1,
     start: str = "words",
     stop: bool = True,
+    stack: str = "",
 ) -> Overlay:
-    """The late prompt overlay of an encoder or a decoder.
+    """The late prompt overlay.
 
     Args:
       layer: k, layers below the prompt, 0 to L; -1 = half of them.
@@ -60,17 +65,18 @@ def overlay(
       drop: dropout rate of a generated prompt.
       start: initial rows of a free prompt, see ``overlays.prompt``.
       stop: no gradient flows below the prompt; False where something there trains too.
+      stack: ``encoder`` in an encoder-decoder, whose encoder then has the layers meant.
 
     Returns:
       An overlay whose delta is ``{"prompt": [t, D]}`` or ``{"down": {"kernel": [D, m], "bias"},
       "up"}``, with ``up/kernel`` [m, t D] (npg) or [m, D]. Parameters: t D; D m + m + t D m + t D;
-      D m + m + m D + D. No merged form; the bound model does not generate.
+      D m + m + m D + D. No merged form; a bound model of one stack does not generate.
 
     Raises:
-      ValueError: length or bottleneck < 1, an unknown kind or start, a bad rate; from ``init`` a
-        layer that the model lacks, or a model of two stacks; from ``bind`` a model that is
-        neither encoder nor decoder; from ``apply`` what ``late.insert_after`` refuses, and a
-        generator on texts of a language model without labels.
+      ValueError: length or bottleneck < 1, an unknown kind, start or stack, a bad rate; from
+        ``init`` and ``bind`` a layer that the model lacks, or a model with other stacks; from
+        ``apply`` what ``late.insert_after`` refuses, and a generator on texts of a language model
+        without labels.
     """
     if length < 1 or bottleneck < 1:
         raise ValueError(f"length and bottleneck must be >= 1, got {length} and {bottleneck}")
@@ -80,13 +86,14 @@ def overlay(
         raise ValueError(f"layer must be >= 0, or -1 for half of the layers, got {layer}")
     if not 0.0 <= drop < 1.0:
         raise ValueError(f"drop must be in [0, 1), got {drop}")
+    check_stack(stack)
     plain = prompt.overlay(length=length, start=start)
 
     def below(depth: int) -> int:
         return depth // 2 if layer < 0 else layer
 
     def init(key: jax.Array, params: Params) -> Params:
-        depth, width = _shape(params)
+        depth, width = stack_shape(params, stack, "a late prompt")
         if below(depth) > depth:
             raise ValueError(f"layer must be in 0..{depth} for {depth} layers, got {layer}")
         if kind == "free":
@@ -96,9 +103,17 @@ def overlay(
         return {"down": _dense(down, width, bottleneck), "up": _dense(up, bottleneck, out)}
 
     def around(model: Model) -> Model:
+        if stack:
+            if not isinstance(model.config, Seq2SeqConfig):
+                raise ValueError(
+                    f"stack={stack!r} is of an encoder-decoder, got a {type(model.config).__name__}"
+                )
+            return model
         return insert_after(model, below(getattr(model.config, "layers", 0)), stop=stop)
 
     def attach(delta: Params) -> dict[str, Site]:
+        if stack:
+            return {f"{stack}.{SITE}": LateSite(put, delta, layer=layer, stop=stop)}
         return {SITE: Site(put, delta)}
 
     def put(own: Params, x: Inputs, base: Callable[[Any], Any], context: SiteContext) -> Inputs:
@@ -108,7 +123,7 @@ def overlay(
         return prompt.prepend(made, x, base, context)
 
     settings = {"layer": layer, "length": length, "kind": kind, "bottleneck": bottleneck}
-    settings |= {"drop": drop, "start": start, "stop": stop}
+    settings |= {"drop": drop, "start": start, "stop": stop, "stack": stack}
     return Overlay("lpt", init, attach, None, settings=tuple(settings.items()), around=around)
 
 
@@ -162,18 +177,6 @@ def adaptive_pool(
     low = jnp.asarray(-jnp.inf, x.dtype)
     most = jnp.where(inside[..., None], x[:, None], low).max(2)
     return jnp.where(total[..., None] > 0, most, jnp.zeros((), x.dtype))
-
-
-def _shape(params: Params) -> tuple[int, int]:
-    """(L, D) of a model of one stack."""
-    found = kernel_paths(params)
-    if "attn.q" not in found:
-        raise ValueError(
-            "a late prompt needs a model of one stack of layers; this one has "
-            f"{', '.join(sorted(found)) or 'no dense layer'}"
-        )
-    layers, width, _ = tree.get(params, found["attn.q"]).shape
-    return layers, width
 
 
 def _dense(key: jax.Array, d_in: int, d_out: int) -> Params:

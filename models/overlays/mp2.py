@@ -36,7 +36,7 @@ from steppe.models.decoder import DecoderConfig
 from steppe.models.model import Inputs, Model
 from steppe.models.overlays.batchwise import Call, attached, sees_batch
 from steppe.models.overlays.inside import added, inserted, removed
-from steppe.models.overlays.overlay import Overlay, kernel_paths
+from steppe.models.overlays.overlay import Overlay, check_stack, stack_shape
 from steppe.models.overlays.prompt import table_of
 from steppe.models.sites import Site, SiteContext
 from steppe.models.tree import Params
@@ -61,6 +61,7 @@ def overlay(
     sample: bool = True,
     first: int = 1,
     ids: Sequence[int] = (),
+    stack: str = "",
 ) -> Overlay:
     """The overlay of modular prompts.
 
@@ -74,6 +75,8 @@ def overlay(
       sample: draw gates in training; False = the sigmoid there too.
       first: column of the first of the words: 1 behind the first token, 0 in front (decoders).
       ids: the words; empty = the n ids from 1000 on.
+      stack: ``encoder`` in an encoder-decoder, where they stand in the source; ``first=0`` where
+        sources do not begin with a token of their own (T5, Marian).
 
     Returns:
       An overlay whose delta is ``{"words": [n, D], "prompt": {"router": [tasks, K], "z": [K, r],
@@ -82,11 +85,11 @@ def overlay(
       constants of the base. No merged form; with one task alone the bound model generates.
 
     Raises:
-      ValueError: a size or rate that it cannot have; from ``init`` an id outside the vocabulary,
-        no position left for the text, or a model that is no single stack of layers; from ``bind``
-        a decoder with first=1; from ``apply`` a batch without tasks or with one that there is
-        not, or another overlay that puts rows in front. A task that is only known when the
-        compiled program runs gives NaN.
+      ValueError: a size, rate or stack that it cannot have; from ``init`` an id outside the
+        vocabulary, no position left for the text, or a model without words or with other stacks;
+        from ``bind`` a decoder with first=1; from ``apply`` a batch without tasks or with one that
+        there is not, or another overlay that puts rows in front. A task that is only known when
+        the compiled program runs gives NaN.
     """
     if min(modules, length, tasks) < 1 or intrinsic < 0:
         raise ValueError(
@@ -97,15 +100,17 @@ def overlay(
         raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
     if first not in (0, 1):
         raise ValueError(f"first must be 0 or 1, got {first}")
+    check_stack(stack)
+    place = f"{stack}." if stack else ""
     words = tuple(int(i) for i in ids) or tuple(range(FIRST_ID, FIRST_ID + length))
     if len(words) != length:
         raise ValueError(f"ids must name length={length} tokens, got {len(words)}")
 
     def init(key: jax.Array, params: Params) -> Params:
-        table, found = table_of(params, "word"), kernel_paths(params)
-        stacks = {path.split(f"{tree.STACK}/")[0] for path in found.values()}
-        if table is None or stacks != {""}:
-            raise ValueError("modular prompts need a model of one stack of layers, with words")
+        layers, _ = stack_shape(params, stack, "mp2")
+        table = table_of(params, "word")
+        if table is None:
+            raise ValueError("mp2 needs a model that embeds words")
         size, width = table.shape
         bad = next((i for i in words if not 0 <= i < size), None)
         if bad is not None:
@@ -118,7 +123,7 @@ def overlay(
                 f"length={length} leaves the text none of the model's {positions.shape[0]} "
                 "positions; take fewer prompt tokens"
             )
-        lead = (tree.get(params, next(iter(found.values()))).shape[0],) if deep else ()
+        lead = (layers,) if deep else ()
         keys = jax.random.split(key, 3)
 
         def uniform(key: jax.Array, bound: float, *shape: int) -> jax.Array:
@@ -174,11 +179,11 @@ def overlay(
             # A head of one label a token: the words are none of the text's.
             return base(x if x.ndim == 2 or context.step else removed(x, length, first))
 
-        sites = {"embed": Site(embed, {n: v for n, v in delta.items() if n != tree.STACK})}
+        sites = {f"{place}embed": Site(embed, {n: v for n, v in delta.items() if n != tree.STACK})}
         if deep:
             # What is added to a token depends on nothing else.
-            sites["resid"] = Site(resid, delta[tree.STACK]["resid"], tokenwise=True)
-        if first:
+            sites[f"{place}resid"] = Site(resid, delta[tree.STACK]["resid"], tokenwise=True)
+        if first and not stack:
             sites["logits"] = Site(logits, {})
         return sites
 
@@ -210,7 +215,7 @@ def overlay(
 
     settings: dict[str, Any] = {"modules": modules, "length": length, "intrinsic": intrinsic}
     settings |= {"deep": deep, "tasks": tasks, "temperature": temperature, "sample": sample}
-    settings |= {"first": first, "ids": words}
+    settings |= {"first": first, "ids": words, "stack": stack}
     return Overlay(
         "mp2",
         init,

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from steppe.models import tree
 from steppe.models.model import Batch, Decode, Masks, Model, ModelOut, Rules
-from steppe.models.sites import Site, stack_sites
+from steppe.models.sites import ENCODER, Site, stack_sites
 from steppe.models.tree import Params
 
 BASE, OVERLAY = "base", "overlay"
@@ -245,3 +245,34 @@ def site_kernel(params: Params, site: str) -> Any:
       ValueError: as :func:`site_path`.
     """
     return tree.get(params, site_path(params, site))
+
+
+def check_stack(stack: str) -> None:
+    """Checks the name of the stack of layers in which an overlay is to stand.
+
+    Raises:
+      ValueError: neither "encoder" nor empty.
+    """
+    if stack not in ("", ENCODER):
+        raise ValueError(f"stack must be 'encoder', or empty for a model of one, got {stack!r}")
+
+
+def stack_shape(params: Params, stack: str, what: str) -> tuple[int, int]:
+    """Depth and width (L, D) of the layers of ``stack``.
+
+    Args:
+      stack: "" = of a model that has one stack.
+      what: who asks, for the message.
+
+    Raises:
+      ValueError: the model has no such stack.
+    """
+    found, site = kernel_paths(params), f"{stack}.attn.q".lstrip(".")
+    if site not in found:
+        cure = "; for its encoder, use stack=encoder" if f"{ENCODER}.attn.q" in found else ""
+        raise ValueError(
+            f"{what} needs a model of {'two stacks' if stack else 'one stack'} of layers; this one "
+            f"has {', '.join(sorted(found)) or 'no dense layer'}{cure}"
+        )
+    layers, width, _ = tree.get(params, found[site]).shape
+    return layers, width
