@@ -118,6 +118,24 @@ def test_only_the_core_is_imported_eagerly():
     assert out.stdout.split() == []
 
 
+def test_types_are_checked_without_the_extras():
+    """``make test`` of a user installs no reference implementation; mypy must not miss one."""
+    whole = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    extras = whole["project"]["optional-dependencies"]
+    optional = {
+        re.split(r"[\[><=!~ ]", entry)[0].replace("-", "_")
+        for extra, entries in extras.items()
+        if extra != "test"
+        for entry in entries
+    } - {"jax"}
+    met = {m.split(".")[0] for path in SOURCES for m in imported(path)} & optional
+    assert {"torch", "peft"} <= met
+    silenced = {
+        m.removesuffix(".*") for o in whole["tool"]["mypy"]["overrides"] for m in o["module"]
+    }
+    assert met <= silenced
+
+
 def pyproject():
     return tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]
 
