@@ -15,7 +15,7 @@ import inspect
 import io
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from steppe.data.errors import near
@@ -25,6 +25,8 @@ _SECTION = "Attributes:\n"
 _CHOICE = re.compile(r"(invalid choice '([^']*)' for argument '[^']*')\. (Expected one of (.*))")
 # Lines of boxes, and colours.
 _FRAME = re.compile(r"[\u2500-\u259f]|\x1b\[[0-9;]*m")
+# The name of a setting, in a message that says what it must be.
+_SETTING = re.compile(r"(?<![\w.=`'-])([a-z][a-z0-9_.]*)(?= must )")
 _ELSEWHERE = re.compile(r"as in `steppe (\w+)`\.")
 
 
@@ -60,7 +62,8 @@ def parse(kind: Any, args: list[str], prog: str, default: Any = None) -> Any:
         if stop.code in (0, None):
             raise
         raise ValueError(
-            f"{_one_line(said.getvalue())}; `steppe {prog} --help` lists the options"
+            f"{as_options(kind, _one_line(said.getvalue()))}; "
+            f"`steppe {prog} --help` lists the options"
         ) from None
 
 
@@ -78,6 +81,37 @@ def _one_line(box: str) -> str:
     words = re.split(r" For full helptext| Argument helptext", words)[0].rstrip(". ")
     words = re.sub(r" (?=Perhaps you meant:|Arguments similar to --)", ". ", words)
     return _CHOICE.sub(_suggested, words)
+
+
+def as_options(kind: Any, text: str) -> str:
+    """A message about settings of ``kind``, in the words of the command line.
+
+    ``data.max_length must be`` becomes ``--data.max-length must be``; a name that no setting has,
+    or several have below their groups, stays as it is.
+    """
+    names = _option_names(kind)
+    return _SETTING.sub(lambda m: names.get(m[1], m[1]), text)
+
+
+def _option_names(kind: Any) -> dict[str, str]:
+    """How settings call themselves -> their options: by their path, and below a group by name."""
+    paths = list(_paths(kind))
+    names = {}
+    for path in paths:
+        own = path.rpartition(".")[2]
+        if own != path and sum(p.rpartition(".")[2] == own for p in paths) == 1:
+            names[own] = path
+    names |= {path: path for path in paths}
+    return {name: f"--{path.replace('_', '-')}" for name, path in names.items()}
+
+
+def _paths(kind: Any, group: str = "") -> Iterator[str]:
+    types = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        if isinstance(types[field.name], type) and dataclasses.is_dataclass(types[field.name]):
+            yield from _paths(types[field.name], f"{group}{field.name}.")
+        else:
+            yield f"{group}{field.name}"
 
 
 def _suggested(said: re.Match[str]) -> str:

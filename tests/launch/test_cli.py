@@ -284,13 +284,13 @@ def test_unknown_names_get_a_suggestion(capsys):
 def test_settings_out_of_range(capsys, world, tmp_path):
     out = tmp_path / "run"
     for more, says in [
-        (["--batch-size=0"], "batch_size must be >= 1, got 0"),
+        (["--batch-size=0"], "--batch-size must be >= 1, got 0"),
         (["--epochs=0"], "epochs must be > 0"),
         (["--ema=1"], "ema must be in [0, 1), got 1.0"),
         (["--batch-size=6", "--microbatches=4", "--mesh=data=8"], "batch_size=6"),
         (["--mesh=data=3"], "devices"),
         (["--mesh=data:3"], "mesh must look like data=4,model=2"),
-        (["--data.limit=-5"], "data.limit must be >= 0, got -5"),
+        (["--data.limit=-5"], "--data.limit must be >= 0, got -5"),
         (["--data.pair=b"], "data.pair='b' is not read by a classification task"),
         (["--data.max-length=99"], "longer than the model's 24 positions"),
         (["--freeze", "nothing"], "freeze='nothing' matches no parameter"),

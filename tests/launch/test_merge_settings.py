@@ -66,7 +66,7 @@ def test_a_mistake_in_what_is_shared_leaves_no_folder(tmp_path, capsys):
     words = ["compare", "merging", "--tasks", *TASKS, "--batch-size", "0", "--out", str(out)]
     assert cli.main(words) == 2
     message = capsys.readouterr().err
-    assert "batch_size must be >= 1, got 0" in message
+    assert "--batch-size must be >= 1, got 0" in message
     assert message.count("\n") == 1
     assert not out.exists()
 

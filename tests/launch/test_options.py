@@ -6,6 +6,7 @@ import typing
 import pytest
 
 from steppe.launch import cli, completion, options, overlays, prose
+from steppe.launch.config import FinetuneConfig
 from steppe.launch.merge.evaluation import MergedConfig
 from steppe.launch.merge.study_settings import StudyConfig
 
@@ -114,3 +115,19 @@ def test_paragraphs_are_filled_again_and_equations_stay(monkeypatch):
         "one two three four five six\nseven eight nine\n\n  a  = b\n  c  = d\n\nlist:\n  item"
     )
     assert prose.fill("a " + "x" * 40 + " b", "- ") == "- a\n  " + "x" * 40 + "\n  b"
+
+
+def test_messages_speak_of_options(capsys):
+    for args, said in (
+        (["finetune", "--batch-size", "0"], "error: --batch-size must be >= 1, got 0;"),
+        (["finetune", "--data.max-length", "0"], "error: --data.max-length must be >= 1, got 0;"),
+        (["finetune", "--optim.learning-rate", "-1"], "error: --optim.learning-rate must be > 0"),
+        (["compare", "flat-minima", "--valid-limit", "-1"], "error: --valid-limit must be >= 0"),
+    ):
+        assert cli.main(args) == 2
+        assert said in capsys.readouterr().err
+    kind = FinetuneConfig
+    for text in ("length must be >= 1", "`epochs must be`", "alpha must be > 0"):
+        # Of an overlay; quoted; of two settings (a group's and the command's own).
+        wanted = text.replace("alpha", "--alpha")
+        assert options.as_options(kind, text) == wanted

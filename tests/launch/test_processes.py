@@ -132,7 +132,7 @@ def test_one_mistake_is_one_line(capfd):
     assert local.run(command, local.Options(processes=2)) == 2
     said = capfd.readouterr()
     (line,) = said.err.splitlines()
-    assert line.startswith("steppe: error: batch_size must be >= 1, got 0; ")
+    assert line.startswith("steppe: error: --batch-size must be >= 1, got 0; ")
     assert said.out == ""
 
 

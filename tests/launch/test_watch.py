@@ -75,9 +75,9 @@ def test_a_run_goes_back_is_profiled_and_says_how_it_ran(reviews, tmp_path, monk
 @pytest.mark.parametrize(
     ("option", "says"),
     [
-        ("--spike-factor=0.5", "spike_factor must be above 1 and finite, or 0 for off, got 0.5"),
-        ("--spike-window=2", "spike_window must be >= 8, got 2"),
-        ("--spike-rollbacks=0", "spike_rollbacks must be >= 1, got 0"),
+        ("--spike-factor=0.5", "--spike-factor must be above 1 and finite, or 0 for off, got 0.5"),
+        ("--spike-window=2", "--spike-window must be >= 8, got 2"),
+        ("--spike-rollbacks=0", "--spike-rollbacks must be >= 1, got 0"),
         ("--profile=9:9", "profile must be FIRST:END such as 10:13"),
         ("--profile=0:2", "counted from 1, got '0:2'"),
         ("--profile=ten", "got 'ten'"),
