@@ -9,7 +9,7 @@ import pytest
 
 from steppe.models import tree
 from steppe.models.heads import HeadConfig
-from steppe.models.overlays import lora
+from steppe.models.overlays import added_prompt, lora, lpt, mp2
 from steppe.models.seq2seq import Seq2SeqConfig
 from steppe.train import mesh, objectives, step
 
@@ -34,6 +34,14 @@ STYLES = {
     ),
 }
 SITES = ("encoder.attn.q", "decoder.cross.v")
+# Prompts in the source, one a style.
+PROMPTS = {
+    "t5": lpt.overlay(length=2, bottleneck=4, kind="appg", drop=0.0, stack="encoder"),
+    "bart": mp2.overlay(
+        modules=3, length=2, intrinsic=4, deep=True, sample=False, ids=(5, 6), stack="encoder"
+    ),
+    "student": added_prompt.overlay(length=2, ids=(5, 6, 7), first=0, stack="encoder"),
+}
 ROWS, T, U = 16, 7, 6
 
 pytestmark = pytest.mark.parametrize("style", STYLES)
@@ -52,14 +60,14 @@ def batch():
     }
 
 
-def train(style, batch, *, axes=None, overlay=None, base=None, **changes):
-    """(parameters, losses, compiles) of three SGD steps; ``changes`` of config and of the step."""
+def train(style, batch, *, axes=None, overlay=None, base=None, tx=None, **changes):
+    """(parameters, losses, compiles) of three steps, of SGD; ``changes`` of config and step."""
     of_step = {k: changes.pop(k) for k in ("microbatches", "compute_dtype") if k in changes}
     model = dataclasses.replace(STYLES[style], **changes).build()
     if overlay is not None:
         model = overlay.bind(model, frozen=base)
     plan = None if axes is None else mesh.plan(axes, model.axes)
-    tx = optax.sgd(0.3)
+    tx = optax.sgd(0.3) if tx is None else tx
     run = step.make(objectives.token_ce(model, shift=False), tx, plan, **of_step)
     state = step.init(jax.random.key(0), model, tx, plan)
     losses = []
@@ -136,3 +144,17 @@ def test_lora_in_both_stacks(style, batch):
         if path.startswith(("encoder/", "decoder/")) and np.abs(leaf - flat[path]).max() > 0
     }
     assert changed == {"encoder/layers/attn/q/kernel", "decoder/layers/cross/v/kernel"}
+
+
+def test_prompts_in_the_source(style, batch):
+    base = jax.jit(STYLES[style].build().init)(jax.random.key(3))
+    # What they move is little, as is an untrained encoder's part in its decoder.
+    options = {"overlay": PROMPTS[style], "base": base, "tx": optax.adam(0.1, eps=1e-12)}
+    state, losses, compiles = train(style, batch, **options)
+    assert losses[-1] < losses[0]
+    assert compiles == 1
+    assert all(path.startswith("overlay/") for path in tree.paths(state.params))
+    everywhere = {"axes": {"data": 2, "fsdp": 2, "model": 2}, "microbatches": 2}
+    same(train(style, batch, **everywhere, remat="full", unroll=4, **options), (state, losses))
+    rough = train(style, batch, compute_dtype="bfloat16", **options)
+    np.testing.assert_allclose(rough[1], losses, atol=0.05)
