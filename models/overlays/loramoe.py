@@ -132,6 +132,8 @@ def overlay(
     def attach(delta: Params) -> dict[str, Site]:
         # Who listens wants the mass of all tokens of the last layer too.
         alone = drop == 0.0 and not heard()
+        if not rank and not heard():  # adding zeros is another program, and may round otherwise
+            return {}
         return {
             name: Site(branch(name), own, tokenwise=alone)
             for name, own in delta[tree.STACK].items()

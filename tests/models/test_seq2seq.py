@@ -225,7 +225,7 @@ def test_every_site_is_called(style):
     """Each dense site scaled by two changes the logits, in apply and in step alike."""
     net, ids = tiny(style), target(style)
     batch = {**source(), "decoder_input_ids": ids}
-    skipped = ("kv_prefix", "embed")
+    skipped = ("kv_prefix", "embed", "late")
     names = [n for n in net.model.sites if not n.endswith(skipped)]
 
     def make(factors):
