@@ -4,10 +4,10 @@
   eval "$(steppe completion zsh)"           in ~/.zshrc, below compinit
   steppe completion fish | source           in ~/.config/fish/config.fish
 
-Commands, recipes, methods, assets, shapes, overlays, options and the values of options that have
-few are completed, and what begins with ``asset:``; elsewhere the shell completes files. What
-stands behind the options of ``launch``, and behind ``--`` of ``submit``, is completed as a
-command of its own.
+Commands, recipes, methods, assets, shapes, overlays with their settings, options and the values of
+options that have few are completed, and what begins with ``asset:``; elsewhere the shell completes
+files. What stands behind the options of ``launch``, and behind ``--`` of ``submit``, is completed
+as a command of its own.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ _steppe() {
     if [[ -n $ends && $last == *[$ends]* ]]; then
       COMPREPLY=("${COMPREPLY[@]#"${last%"${last##*[$ends]}"}"}")
     fi
-    case ${COMPREPLY[*]} in *: | */) compopt -o nospace 2>/dev/null ;; esac
+    case ${COMPREPLY[*]} in *: | */ | *=) compopt -o nospace 2>/dev/null ;; esac
   fi
 }
 complete -o default -o nosort -F _steppe steppe
@@ -142,7 +142,7 @@ def candidates(words: Sequence[str], commands: Sequence[str]) -> list[str]:
 
 def _of_option(flag: str, last: str, options: Mapping[str, tuple[str, ...]]) -> list[str]:
     """Values of ``flag`` that begin with ``last``."""
-    few = VALUES[flag]() if flag in VALUES and flag in options else options.get(flag, ())
+    few = VALUES[flag](last) if flag in VALUES and flag in options else options.get(flag, ())
     if few or flag not in {*SOURCES, *MODELS}:
         return _starting(last, few)
     return _addresses(last, DATA if flag in SOURCES else WEIGHTS)
@@ -250,13 +250,19 @@ def _planned() -> list[str]:
     return [*SHAPES, *RECIPES, *DISTILLATIONS]
 
 
-def _overlays() -> list[str]:
-    from steppe.launch.overlays import KNOWN
+def _overlays(last: str) -> list[str]:
+    """Names of overlays; behind one, its settings that are not given yet."""
+    from steppe.launch.overlays import KNOWN, settings_of
 
-    return list(KNOWN)
+    name, colon, rest = last.partition(":")
+    if not colon or name not in KNOWN:
+        return list(KNOWN)
+    given, comma, _ = rest.rpartition(",")
+    taken = {part.partition("=")[0] for part in given.split(",")}
+    return [f"{name}:{given}{comma}{key}=" for key in settings_of(name) if key not in taken]
 
 
-def _accelerators() -> list[str]:
+def _accelerators(_: str) -> list[str]:
     from steppe.launch.plan.accelerators import NAMES
 
     return list(NAMES)
@@ -270,8 +276,8 @@ def _papers() -> list[str]:
 
 # Commands that several processes can run.
 RANKS = ("finetune", "distill")
-# Option -> its values, where they are not those of a Literal.
-VALUES: dict[str, Callable[[], list[str]]] = {"--overlay": _overlays, "--on": _accelerators}
+# Option -> its values for a word that has begun, where they are not those of a Literal.
+VALUES: dict[str, Callable[[str], list[str]]] = {"--overlay": _overlays, "--on": _accelerators}
 # (command, number of words before) -> what may stand there.
 PLACES: dict[tuple[str, int], Callable[[], list[str]]] = {
     ("finetune", 1): _recipes("steppe.launch.recipes"),

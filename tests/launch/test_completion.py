@@ -29,6 +29,10 @@ COMMANDS = ("finetune", "merge", "assets")
         (["plan", "llama-7"], ["llama-70b", "llama-7b"]),
         (["plan", "llama-70b", "--on", "v5"], ["v5e", "v5p"]),
         (["finetune", "--overlay", "prefix", "lo"], ["lora", "loramoe"]),
+        (["finetune", "--overlay", "lora:r"], ["lora:rank=", "lora:rank_stabilised="]),
+        (["finetune", "--overlay", "ia3", "lpt:layer=2,ki"], ["lpt:layer=2,kind="]),
+        (["finetune", "--overlay", "lora:rank=8,ran"], ["lora:rank=8,rank_stabilised="]),
+        (["finetune", "--overlay", "none:r"], []),
         (["launch", "--loc"], ["--local-processes"]),
         (["launch", "--local-processes", "2", "--platform", ""], ["cpu", "gpu"]),
         (["launch", "--local-processes", "2", "--devices-per-process=4", "fi"], ["finetune"]),
@@ -90,14 +94,15 @@ def test_scripts_are_of_their_shell(shell, capsys):
         ("steppe chat asset:smol", ["smollm2"]),
         ("steppe finetune --sharpness=fs", ["fsam"]),
         ("steppe merge ti", ["ties"]),
+        ("steppe finetune --overlay lora:rank=8,al", ["8,alpha="]),
     ],
 )
 @pytest.mark.parametrize("breaks", [":=", ""])
 def test_bash_replaces_what_follows_its_own_ends_of_words(line, replies, breaks, tmp_path):
     if not breaks:  # a whole word is replaced
-        replies = [
-            line.split()[-1].rpartition(end)[0] + end + replies[0] for end in ":=" if end in line
-        ] or replies
+        word = line.split()[-1]
+        kept = max(word.rfind(":"), word.rfind("=")) + 1
+        replies = [word[:kept] + reply for reply in replies]
     program = tmp_path / "steppe"
     program.write_text(
         f'#!/bin/sh\nexec "{sys.executable}" -m steppe.launch.cli "$@"\n', encoding="utf-8"
