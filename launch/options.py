@@ -25,8 +25,10 @@ _SECTION = "Attributes:\n"
 _CHOICE = re.compile(r"(invalid choice '([^']*)' for argument '[^']*')\. (Expected one of (.*))")
 # Lines of boxes, and colours.
 _FRAME = re.compile(r"[\u2500-\u259f]|\x1b\[[0-9;]*m")
-# The name of a setting, in a message that says what it must be.
-_SETTING = re.compile(r"(?<![\w.=`'-])([a-z][a-z0-9_.]*)(?= must )")
+# Where a message begins that says what one setting must be, or two.
+_SETTINGS = re.compile(r"([a-z][a-z0-9_.]*)(?:( and | \+ )([a-z][a-z0-9_.]*))?(?= must )")
+# In front of what a group of settings says of itself.
+_GROUP = re.compile(r"^Error parsing (?:([\w.]+): )?")
 _ELSEWHERE = re.compile(r"as in `steppe (\w+)`\.")
 
 
@@ -62,13 +64,12 @@ def parse(kind: Any, args: list[str], prog: str, default: Any = None) -> Any:
         if stop.code in (0, None):
             raise
         raise ValueError(
-            f"{as_options(kind, _one_line(said.getvalue()))}; "
-            f"`steppe {prog} --help` lists the options"
+            f"{_one_line(said.getvalue(), kind)}; `steppe {prog} --help` lists the options"
         ) from None
 
 
-def _one_line(box: str) -> str:
-    """What the parser says in a box of several lines."""
+def _one_line(box: str, kind: Any) -> str:
+    """What the parser says in a box of several lines about settings of ``kind``."""
     lines = [_FRAME.sub("", line) for line in box.split("\n")]
     # Rules may be drawn in dashes; options begin with two of them.
     lines = [re.sub(r"-{3,}", " ", line).strip(" |") for line in lines]
@@ -77,35 +78,44 @@ def _one_line(box: str) -> str:
         r"^(Parsing error|Unrecognized options|Value error|Required options)\s+", "", words
     )
     words = re.sub(r"^(Invalid choice|Missing argument)\s+(?=invalid|Missing)", "", words)
-    words = re.sub(r"^Error parsing (\w+: )?", "", words)
     words = re.split(r" For full helptext| Argument helptext", words)[0].rstrip(". ")
+    group = _GROUP.match(words)
+    words = words[group.end() :] if group else words
+    words = as_options(kind, words, (group[1] or "") if group else "")
     words = re.sub(r" (?=Perhaps you meant:|Arguments similar to --)", ". ", words)
     return _CHOICE.sub(_suggested, words)
 
 
-def as_options(kind: Any, text: str) -> str:
+def as_options(kind: Any, text: str, group: str = "") -> str:
     """A message about settings of ``kind``, in the words of the command line.
 
-    ``data.max_length must be`` becomes ``--data.max-length must be``; a name that no setting has,
-    or several have below their groups, stays as it is.
+    ``data.max_length must be`` becomes ``--data.max-length must be``, and so do two settings with
+    "and" or "+" between them. Names count where a message begins, and only those that a setting
+    has: what an overlay or a method in a list says of its own stays as it is.
+
+    Args:
+      group: settings whose own check it is, such as ``base.data``; names are those within it.
     """
-    names = _option_names(kind)
-    return _SETTING.sub(lambda m: names.get(m[1], m[1]), text)
-
-
-def _option_names(kind: Any) -> dict[str, str]:
-    """How settings call themselves -> their options: by their path, and below a group by name."""
-    paths = list(_paths(kind))
-    names = {}
-    for path in paths:
-        own = path.rpartition(".")[2]
-        if own != path and sum(p.rpartition(".")[2] == own for p in paths) == 1:
-            names[own] = path
-    names |= {path: path for path in paths}
-    return {name: f"--{path.replace('_', '-')}" for name, path in names.items()}
+    paths = set(_paths(kind))
+    said = _SETTINGS.match(text)
+    if said is None:
+        return text
+    if not any(path.startswith(f"{group}.") for path in paths):
+        group = ""  # the parser names the whole by its class
+    # A group's checks call a setting by its name, or by the group's last part and its name.
+    places = (group, group.rpartition(".")[0])
+    found = []
+    for name in filter(None, (said[1], said[3])):
+        tried = [f"{place}.{name}".lstrip(".") for place in places]
+        found += [path for path in tried if path in paths][:1] or [""]
+    if "" in found:
+        return text
+    named = (said[2] or "").join(f"--{path.replace('_', '-')}" for path in found)
+    return named + text[said.end() :]
 
 
 def _paths(kind: Any, group: str = "") -> Iterator[str]:
+    """Settings and those of their groups, ``data.limit``."""
     types = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
         if isinstance(types[field.name], type) and dataclasses.is_dataclass(types[field.name]):

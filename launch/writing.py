@@ -221,9 +221,10 @@ class Writer:
             )
             ids = [t[0][: n[0]].tolist() for t, n in zip(best.tokens, best.lengths, strict=True)]
             ends = set(self.tokenizer.stop_ids)
+            ended = [bool(x) and x[-1] in ends for x in ids]
             return [
-                Written(self._decode(x), len(x), "eos" if x and x[-1] in ends else "length")
-                for x in ids
+                Written(self._decode(x[:-1] if end else x), len(x), "eos" if end else "length")
+                for x, end in zip(ids, ended, strict=True)
             ]
         first = 0 if self.settings.seed is None else int(np.max(self.settings.seed))
         settings = dataclasses.replace(self.settings, seed=[first + int(i) for i in rows])

@@ -35,6 +35,15 @@ def attention_mask(mask: jax.Array | None) -> Bool[Array, "B 1 T_or_1 S"] | None
     )
 
 
+def columns_of(mask: Any) -> jax.Array | None:
+    """Columns [B, T] of a source that are to be seen: of a mask [B, T, T], those that any token
+    sees."""
+    if mask is None:
+        return None
+    shown = jnp.asarray(mask) != 0
+    return shown if shown.ndim == 2 else shown.any(1)
+
+
 def causal_mask(queries: int, front: int = 0, window: int | None = None) -> Bool[Array, "1 1 T S"]:
     """Query t sees key t and those before it, [1, 1, T, front + T].
 

@@ -14,7 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from steppe.models.attention import attention_mask
+from steppe.models.attention import columns_of
 from steppe.models.layers import run
 from steppe.models.layout import rows as split_rows
 from steppe.models.model import Batch, Inputs, Masks
@@ -241,15 +241,13 @@ def _state(
             )
         mask = target.mask != 0
     position = mask.sum(axis=1).astype(jnp.int32)
-    seen = attention_mask(source.mask)
+    seen = columns_of(source.mask)
     columns = memory[0].shape[3]
     if seen is None:
         memory_mask = jnp.ones((rows, columns), bool)
-    elif seen.shape[2] != 1:
-        raise ValueError("generation needs an attention_mask [batch, tokens] of the source")
     else:
         front = columns - seen.shape[-1]
-        memory_mask = jnp.pad(seen[:, 0, 0], ((0, 0), (front, 0)), constant_values=True)
+        memory_mask = jnp.pad(seen, ((0, 0), (front, 0)), constant_values=True)
     common: dict[str, Any] = {
         "memory": memory,
         "memory_mask": memory_mask,

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from steppe.models.attention import attention_mask
+from steppe.models.attention import attention_mask, columns_of
 from steppe.models.dropout import dropout, stream_key
 from steppe.models.layers import Embedding, run
 from steppe.models.model import Batch, Inputs, Masks, ModelOut
@@ -200,14 +200,17 @@ class Network:
         others = within(sites, ENCODER)
         site, depth = others.pop(LATE), self.config.depth(ENCODER)
         if not isinstance(site, LateSite):
-            raise ValueError("one overlay can be attached at 'encoder.late', and one is already")
-        layer = depth // 2 if site.layer < 0 else site.layer
-        if layer > depth:
-            raise ValueError(f"layer must be in 0..{depth} for an encoder of {depth}, got {layer}")
-        if site.stop and others:
+            raise ValueError("what is attached at 'encoder.late' must be a LateSite, and one alone")
+        layer = depth // 2 if site.layer == -1 else site.layer
+        if not 0 <= layer <= depth:
+            raise ValueError(
+                f"layer must be in 0..{depth} for an encoder of {depth}, -1 for half, got {layer}"
+            )
+        lower = [f"{ENCODER}.{n}" for n in others if layer or n == "embed"]
+        if site.stop and lower:
             raise ValueError(
                 f"stop=True ends the gradient after layer {layer} of the encoder, below which "
-                f"other sites are attached ({', '.join(others)}); use stop=False"
+                f"other sites are attached ({', '.join(lower)}); use stop=False"
             )
         if "resid" in others:
             raise ValueError(
@@ -220,8 +223,9 @@ class Network:
             hidden = jax.lax.stop_gradient(hidden)
         states = source._replace(hidden=hidden)
         rows, length, _ = hidden.shape
-        mask = jnp.ones((rows, length), bool) if states.mask is None else states.mask != 0
-        mask = mask if mask.ndim == 2 else mask.any(1)
+        seen = columns_of(states.mask)
+        mask = jnp.ones((rows, length), bool) if seen is None else seen
+        mask = mask & (jnp.arange(length) >= states.prompt)  # rows of other prompts are no text
         # A source ends with the token that ends it, and need not begin with one that stands for it.
         last = length - 1 - jnp.argmax(mask[:, ::-1], axis=1)
         key = jax.random.fold_in(rng, 5) if train and rng is not None else None
@@ -370,7 +374,7 @@ class Network:
                     )
                 out["tokens"] = inputs.mask
             mask = causal if mask is None else mask & causal
-            out["memory_mask"] = None if source is None else attention_mask(source.mask)
+            out["memory_mask"] = None if source is None else attention_mask(columns_of(source.mask))
         out["mask"] = mask
         out["bias"] = self.bias(params, part, jnp.arange(length), jnp.arange(length))
         return out

@@ -168,7 +168,15 @@ class CompareConfig:
         Raises:
           ValueError: an unknown method or setting, or a value out of range.
         """
-        return tuple(parse_arm(text, self.base) for text in self.methods)
+        return tuple(self._arm(text) for text in self.methods)
+
+    def _arm(self, text: str) -> Arm:
+        try:
+            return parse_arm(text, self.base)
+        except ValueError as error:
+            said = str(error)
+            where = "" if said.startswith("methods ") else f"methods has {text!r}: "
+            raise ValueError(where + said) from None
 
     def cells(self) -> tuple[Cell, ...]:
         """The blocks of the table, the smallest training sizes of all sources first."""

@@ -146,7 +146,10 @@ class StudyConfig:
                     f"{', '.join(FREE)}{near(name, FREE)}"
                 )
             values[name] = _value(name, value, text)
-        return dataclasses.replace(shared, **values)
+        try:
+            return dataclasses.replace(shared, **values)
+        except ValueError as error:
+            raise ValueError(f"methods has {text!r}: {error}") from None
 
 
 def _value(name: str, text: str, arm: str) -> Any:

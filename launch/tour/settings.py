@@ -116,12 +116,13 @@ class TourConfig:
                 raise ValueError(f"{name} must not be empty")
             if len(set(values)) != len(values):
                 raise ValueError(f"{name} must not hold a value twice, got {values}")
-        for address in (*self.tasks, *self.further):
-            if not address.partition(":")[2]:
-                raise ValueError(
-                    f"tasks must be addresses of data such as file:{address or 'FILE'} or "
-                    f"asset:vader/movies, got {address!r}"
-                )
+        for name, addresses in (("tasks", self.tasks), ("elsewhere", self.further)):
+            for address in addresses:
+                if not address.partition(":")[2]:
+                    raise ValueError(
+                        f"{name} must be addresses of data such as file:{address or 'FILE'} or "
+                        f"asset:vader/movies, got {address!r}"
+                    )
         if not self.out:
             raise ValueError("out must name the run folder: --out FOLDER")
         if set(self.tasks) & set(self.further):

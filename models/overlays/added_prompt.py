@@ -40,7 +40,7 @@ def overlay(
     *,
     length: int = 50,
     deep: bool = True,
-    first: int = 1,
+    first: int = -1,
     ids: Sequence[int] = (),
     after: Sequence[int] = (),
     stack: str = "",
@@ -50,12 +50,12 @@ def overlay(
     Args:
       length: n, positions that are added to.
       deep: a prompt for every layer; False = for the input of the first one.
-      first: position of the first of the words: 1 behind the first token, 0 in front.
+      first: position of the first of the words: 1 behind the first token, 0 in front; -1 = 1,
+        and 0 in a stack.
       ids: the words, at least n; those beyond n are read as they are. Empty = the n ids from
         1000 on.
       after: tokens that stand behind every text, before its padding.
-      stack: ``encoder`` in an encoder-decoder, where they stand in the source; ``first=0`` where
-        sources do not begin with a token of their own (T5, Marian).
+      stack: ``encoder`` in an encoder-decoder, where they stand in the source.
 
     Returns:
       An overlay whose delta is ``{"words": [>= n, D], "prompt": [n, D]}``, deep ``{"words",
@@ -71,8 +71,10 @@ def overlay(
     """
     if length < 1:
         raise ValueError(f"length must be >= 1, got {length}")
-    if first not in (0, 1):
-        raise ValueError(f"first must be 0 or 1, got {first}")
+    if first not in (-1, 0, 1):
+        raise ValueError(f"first must be 0 or 1, got {first}; -1 takes what the model needs")
+    if first < 0:  # sources need not begin with a token of their own
+        first = 0 if stack else 1
     words = tuple(int(i) for i in ids) or tuple(range(FIRST_ID, FIRST_ID + length))
     behind = tuple(int(i) for i in after)
     check_stack(stack)

@@ -71,6 +71,7 @@ def compose(*overlays: Overlay) -> Overlay:
         tuple((name, overlay.settings) for name, overlay in parts.items()),
         tuple(rf"{name}/(?:{path})" for name, overlay in parts.items() for path in overlay.fixed),
         around=around if any(overlay.around for overlay in overlays) else None,
+        stops=tuple(path for overlay in overlays for path in overlay.stops),
     )
 
 

@@ -145,6 +145,7 @@ def _told(model: Model, batch: Batch, states: Inputs) -> jax.Array | None:
     rows, n, _ = states.hidden.shape
     mask = jnp.ones((rows, n), bool) if states.mask is None else jnp.asarray(states.mask) != 0
     mask = mask if mask.ndim == 2 else mask.any(1)
+    mask = mask & (jnp.arange(n) >= states.prompt)  # rows of other prompts are no text
     head = model.config.head
     if not isinstance(model.config, DecoderConfig) or head is None or head.kind != "lm":
         return mask

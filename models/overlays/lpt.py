@@ -74,9 +74,9 @@ def overlay(
 
     Raises:
       ValueError: length or bottleneck < 1, an unknown kind, start or stack, a bad rate; from
-        ``init`` and ``bind`` a layer that the model lacks, or a model with other stacks; from
-        ``apply`` what ``late.insert_after`` refuses, and a generator on texts of a language model
-        without labels.
+        ``init`` and ``bind`` a layer that the model lacks, a model with other stacks, or a part of
+        the base that trains below the prompt; from ``apply`` what ``late.insert_after`` refuses,
+        and a generator on texts of a language model without labels.
     """
     if length < 1 or bottleneck < 1:
         raise ValueError(f"length and bottleneck must be >= 1, got {length} and {bottleneck}")
@@ -124,7 +124,12 @@ def overlay(
 
     settings = {"layer": layer, "length": length, "kind": kind, "bottleneck": bottleneck}
     settings |= {"drop": drop, "start": start, "stop": stop, "stack": stack}
-    return Overlay("lpt", init, attach, None, settings=tuple(settings.items()), around=around)
+    below_it = "embed" if layer == 0 else "(?:embed|relative|layers)"
+    place = f"(?:{stack}/)?" if stack else ""  # both stacks look words up in one table
+    stops = (rf"{place}{below_it}/.*",) if stop else ()
+    return Overlay(
+        "lpt", init, attach, None, settings=tuple(settings.items()), around=around, stops=stops
+    )
 
 
 def generated(

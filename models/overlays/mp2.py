@@ -59,7 +59,7 @@ def overlay(
     tasks: int = 1,
     temperature: float = 1.0,
     sample: bool = True,
-    first: int = 1,
+    first: int = -1,
     ids: Sequence[int] = (),
     stack: str = "",
 ) -> Overlay:
@@ -73,10 +73,10 @@ def overlay(
       tasks: routers; of more than one, the batch says which by ``task_ids`` [B].
       temperature: tau of the draws.
       sample: draw gates in training; False = the sigmoid there too.
-      first: column of the first of the words: 1 behind the first token, 0 in front (decoders).
+      first: column of the first of the words: 1 behind the first token, 0 in front (decoders);
+        -1 = 1, and 0 in a stack.
       ids: the words; empty = the n ids from 1000 on.
-      stack: ``encoder`` in an encoder-decoder, where they stand in the source; ``first=0`` where
-        sources do not begin with a token of their own (T5, Marian).
+      stack: ``encoder`` in an encoder-decoder, where they stand in the source.
 
     Returns:
       An overlay whose delta is ``{"words": [n, D], "prompt": {"router": [tasks, K], "z": [K, r],
@@ -98,8 +98,10 @@ def overlay(
         )
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
-    if first not in (0, 1):
-        raise ValueError(f"first must be 0 or 1, got {first}")
+    if first not in (-1, 0, 1):
+        raise ValueError(f"first must be 0 or 1, got {first}; -1 takes what the model needs")
+    if first < 0:  # sources need not begin with a token of their own
+        first = 0 if stack else 1
     check_stack(stack)
     place = f"{stack}." if stack else ""
     words = tuple(int(i) for i in ids) or tuple(range(FIRST_ID, FIRST_ID + length))

@@ -55,6 +55,7 @@ class Overlay:
       trainable: paths of the base that train beside the delta and the head, as regexes.
       settings: what it was made with, as (name, JSON value) pairs: written beside a saved delta.
       fixed: paths of the delta that do not train, as regexes.
+      stops: paths of the base that get no gradient, or not in all layers, as regexes.
       rows: ``(deltas, ids) -> {site: Site}`` for a batch of which example i has the delta number
         ids[i] of a stack (leaves [adapters, ...]), see ``bank``; None where nothing is better
         than the model mapped over the examples.
@@ -72,6 +73,7 @@ class Overlay:
     fixed: tuple[str, ...] = ()
     rows: Callable[[Params, jax.Array], dict[str, Site]] | None = None
     around: Callable[[Model], Model] | None = None
+    stops: tuple[str, ...] = ()
 
     def bind(
         self,
@@ -89,7 +91,8 @@ class Overlay:
             pretrained as the rest is.
 
         Raises:
-          ValueError: ``frozen`` are not the parameters of ``model``.
+          ValueError: ``frozen`` are not the parameters of ``model``, or what is to train gets no
+            gradient (``stops``).
         """
         if model.given is not None:
             raise ValueError("the model is bound already; compose the overlays instead")
@@ -161,6 +164,12 @@ class Overlay:
             trainable = (*self.trainable, *own)
         base_paths = tree.paths(model.abstract())
         live = [p for p in trainable if any(tree.matches(path, (p,)) for path in base_paths)]
+        dead = [p for p in base_paths if tree.matches(p, live) and tree.matches(p, self.stops)]
+        if dead:
+            raise ValueError(
+                f"{dead[0]} of the base is to train, but {self.name} ends the gradient above it; "
+                "use stop=False, or leave what trains it out"
+            )
         given = None if frozen is None else {BASE: frozen}
         shapes = frozen if frozen is not None else model.abstract()
         leaves = tree.paths(jax.eval_shape(self.init, jax.random.key(0), shapes))
@@ -269,7 +278,8 @@ def stack_shape(params: Params, stack: str, what: str) -> tuple[int, int]:
     """
     found, site = kernel_paths(params), f"{stack}.attn.q".lstrip(".")
     if site not in found:
-        cure = "; for its encoder, use stack=encoder" if f"{ENCODER}.attn.q" in found else ""
+        cure = f"; use stack={ENCODER} for its encoder" if f"{ENCODER}.attn.q" in found else ""
+        cure = "; leave stack out" if stack and "attn.q" in found else cure
         raise ValueError(
             f"{what} needs a model of {'two stacks' if stack else 'one stack'} of layers; this one "
             f"has {', '.join(sorted(found)) or 'no dense layer'}{cure}"

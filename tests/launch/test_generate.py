@@ -2,6 +2,7 @@
 
 import io
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -84,6 +85,22 @@ def test_an_encoder_decoder_reads_sources_and_searches(tiny, tmp_path, capsys):
         row = json.loads(out.read_text())
         assert row["prompt"] == "a b c d"
         assert 0 < row["tokens"] <= 5
+
+
+def test_the_token_that_ends_a_text_is_not_written(opened, monkeypatch):
+    tokenizer = opened.tokenizer
+    end = tokenizer.stop_ids[0]
+    words = [i for i in range(3, 9) if i not in tokenizer.stop_ids][:2]
+    # A tokenizer that shows its special tokens, as Marian's does.
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: " ".join(map(str, ids)))
+    found = np.array([[[*words, end]], [[*words, words[0]]]])
+    lengths = np.full((2, 1), len(words) + 1)
+    said = SimpleNamespace(tokens=found, lengths=lengths)
+    monkeypatch.setattr(writing.decoding, "beam_search", lambda *_, **__: said)
+    writer = writing.Writer(opened.model, tokenizer, 8, beams=2)
+    one, other = writer.write(opened.params, [np.array(words)] * 2)
+    assert (one.text, one.reason) == (" ".join(map(str, words)), "eos")
+    assert (other.text, other.reason) == (" ".join(map(str, [*words, words[0]])), "length")
 
 
 def test_chat_prompts_go_through_the_template(tiny, opened, tmp_path):

@@ -117,17 +117,36 @@ def test_paragraphs_are_filled_again_and_equations_stay(monkeypatch):
     assert prose.fill("a " + "x" * 40 + " b", "- ") == "- a\n  " + "x" * 40 + "\n  b"
 
 
-def test_messages_speak_of_options(capsys):
-    for args, said in (
-        (["finetune", "--batch-size", "0"], "error: --batch-size must be >= 1, got 0;"),
-        (["finetune", "--data.max-length", "0"], "error: --data.max-length must be >= 1, got 0;"),
-        (["finetune", "--optim.learning-rate", "-1"], "error: --optim.learning-rate must be > 0"),
-        (["compare", "flat-minima", "--valid-limit", "-1"], "error: --valid-limit must be >= 0"),
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("finetune --batch-size 0", "--batch-size must be >= 1, got 0;"),
+        ("finetune --data.max-length 0", "--data.max-length must be >= 1, got 0;"),
+        ("finetune --optim.learning-rate -1", "--optim.learning-rate must be > 0"),
+        ("compare flat-minima --valid-limit -1", "--valid-limit must be >= 0"),
+        ("compare flat-minima --base.data.limit -1", "--base.data.limit must be >= 0"),
+        ("compare flat-minima --base.drop nan", "--base.drop must be"),
+        ("compare merging --base.batch-size 0", "--base.batch-size must be >= 1"),
+        ("submit --to slurm --grace -1 -- finetune", "--restarts and --grace must be >= 0"),
+        ("tour --elsewhere zzz", "--elsewhere must be addresses of data"),
+        # What lists say of their own is no option's.
+        ("compare flat-minima --seeds -1", "seed must be in [0, 2^32)"),
+        ("compare flat-minima --methods sam:rho=-1", "methods has 'sam:rho=-1': rho must be"),
+        ("compare flat-minima --methods lora:rank=-1", "methods has 'lora:rank=-1': rank must be"),
+        ("compare merging --methods ties:k=7", "methods has 'ties:k=7': k must be"),
+    ],
+)
+def test_messages_speak_of_options(line, said, capsys):
+    assert cli.main(line.split()) == 2
+    assert f"steppe: error: {said}" in capsys.readouterr().err
+
+
+def test_only_settings_where_a_message_begins_are_options():
+    for text in (
+        "length must be >= 1",  # of an overlay
+        "rank must be >= 0",  # of a group; it does not say which
+        "`epochs must be`",
+        "epochs and layers must agree",
+        "run epochs must be >= 1",
     ):
-        assert cli.main(args) == 2
-        assert said in capsys.readouterr().err
-    kind = FinetuneConfig
-    for text in ("length must be >= 1", "`epochs must be`", "alpha must be > 0"):
-        # Of an overlay; quoted; of two settings (a group's and the command's own).
-        wanted = text.replace("alpha", "--alpha")
-        assert options.as_options(kind, text) == wanted
+        assert options.as_options(FinetuneConfig, text) == text

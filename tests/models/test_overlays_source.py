@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from steppe.models import tree
-from steppe.models.overlays import added_prompt, compose, lora, lpt, mp2, prompt
+from steppe.models.overlays import added_prompt, bitfit, compose, lora, lpt, mp2, prompt
 from steppe.models.overlays.overlay import Overlay
 from steppe.models.seq2seq_net import Network
 from steppe.models.sites import LateSite
 
 from .test_lpt import generated
-from .test_overlays import KEY, moved
+from .test_overlays import KEY, MODEL, moved
 from .test_seq2seq import STYLES, B, U, close, source, target, tiny
 
 
@@ -121,7 +121,7 @@ def test_it_composes_with_what_trains_above_and_below():
     below = {"rank": 2, "sites": ("encoder.attn.q",)}
     refused = compose(lora.overlay(**below), lpt.overlay(stack="encoder"))
     params = {"base": net.params, "overlay": moved(refused, net.params)}
-    with pytest.raises(ValueError, match=r"other sites are attached \(attn.q\); use stop=False"):
+    with pytest.raises(ValueError, match=r"are attached \(encoder.attn.q\); use stop=False"):
         refused.bind(net.model).apply(params, batch)
     allowed = compose(lora.overlay(**below), lpt.overlay(stack="encoder", stop=False))
     outputs(allowed, net, params["overlay"], batch)
@@ -170,6 +170,50 @@ def test_added_and_modular_prompts_begin_as_words_of_the_source(style, first, de
     close(outputs(fixed, net, delta, plain), got, 2e-5)
 
 
+def test_rows_of_another_prompt_are_no_text():
+    net = tiny("t5")
+    batch = {**source(), "decoder_input_ids": target("t5")}
+    late = lpt.overlay(layer=0, length=3, kind="appg", bottleneck=4, stack="encoder", stop=False)
+    both = compose(prompt.overlay(length=2, site="encoder.embed"), late)
+    delta = moved(both, net.params)
+    # At the bottom, without positions: the pooled rows are those of the late prompt alone.
+    words = tree.get(net.params, "embed/word/table")[batch["input_ids"]]
+    rows = rows_of("appg", delta["lpt"], words, batch["attention_mask"], None)
+    fixed = compose(prompt.overlay(length=2, site="encoder.embed"), at(0, rows, stop=False))
+    wanted = {"prompt": delta["prompt"], "rows": {"rows": jnp.asarray(rows)}}
+    close(outputs(both, net, delta, batch), outputs(fixed, net, wanted, batch), 2e-5)
+
+
+def test_a_mask_of_the_source_that_says_who_sees_whom():
+    net = tiny("t5")
+    batch = {**source(), "decoder_input_ids": target("t5")}
+    mask = batch["attention_mask"]
+    wide = {**batch, "attention_mask": np.broadcast_to(mask[:, None], (B, *2 * mask.shape[1:]))}
+    nothing = lora.overlay(rank=0, sites=("encoder.attn.q",))
+    delta = nothing.init(KEY, net.params)
+    close(outputs(nothing, net, delta, wide), net.apply(batch), 2e-5)
+    # Rows in front see one another alone then; the decoder sees them all the same.
+    late = lpt.overlay(layer=1, kind="mppg", bottleneck=4, stack="encoder")
+    got = outputs(late, net, moved(late, net.params), wide)
+    assert np.isfinite(got).all()
+    assert np.abs(got - net.apply(batch)).max() > 1e-3
+
+
+def test_what_trains_below_a_late_prompt_is_refused():
+    """Biases of BART train by themselves; those of T5, which has none, as sites."""
+    for style in ("bart", "t5"):
+        net = tiny(style)
+        late = {"layer": 1, "kind": "free", "stack": "encoder"}
+        both = compose(bitfit.overlay(), lpt.overlay(**late))
+        if style == "bart":
+            with pytest.raises(ValueError, match=r"encoder/.*bias of the base is to train, but .*"):
+                both.bind(net.model)
+        compose(bitfit.overlay(), lpt.overlay(**late, stop=False)).bind(net.model)
+        with pytest.raises(ValueError, match=r"encoder/.* use stop=False, or leave what trains"):
+            lpt.overlay(**late).bind(net.model, trainable=("encoder/layers/.*",))
+        lpt.overlay(**late).bind(net.model, trainable=("decoder/.*", "encoder/norm/.*"))
+
+
 def test_bad_input():
     t5, bart = tiny("t5"), tiny("bart")
     batch = {**source(), "decoder_input_ids": target("t5")}
@@ -180,6 +224,8 @@ def test_bad_input():
             build().init(KEY, t5.params)
     with pytest.raises(ValueError, match="with stack=encoder"):
         lpt.overlay().bind(t5.model)
+    with pytest.raises(ValueError, match="two stacks of layers; .* leave stack out"):
+        lpt.overlay(stack="encoder").init(KEY, MODEL.abstract())
     deep = lpt.overlay(layer=3, kind="free", stack="encoder")
     params = {"base": t5.params, "overlay": {"prompt": jnp.zeros((5, 16))}}
     with pytest.raises(ValueError, match=r"in 0..2 for 2 layers, got 3"):
@@ -187,11 +233,11 @@ def test_bad_input():
     with pytest.raises(ValueError, match=r"in 0..2 for 2 layers, got 3"):
         deep.bind(t5.model)
     above = at(3, np.zeros((B, 2, 16)))
-    with pytest.raises(ValueError, match=r"in 0..2 for an encoder of 2, got 3"):
+    with pytest.raises(ValueError, match=r"in 0..2 for an encoder of 2, -1 for half, got 3"):
         above.bind(t5.model).apply({**params, "overlay": above.init(KEY, t5.params)}, batch)
     twice = compose(at(1, np.zeros((B, 2, 16))), lpt.overlay(kind="free", stack="encoder"))
     params["overlay"] = moved(twice, t5.params)
-    with pytest.raises(ValueError, match=r"one overlay can be attached at 'encoder.late'"):
+    with pytest.raises(ValueError, match=r"'encoder.late' must be a LateSite, and one alone"):
         twice.bind(t5.model).apply(params, batch)
     with pytest.raises(ValueError, match="none of the model's 22 positions"):
         mp2.overlay(length=30, intrinsic=2, first=0, ids=range(30), stack="encoder").init(

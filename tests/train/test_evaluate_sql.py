@@ -1,7 +1,9 @@
 """SQL on trial: equal results count, and no query gets out of its process."""
 
 import json
+import os
 import re
+import signal
 import sqlite3
 import time
 
@@ -260,9 +262,43 @@ def test_the_time_to_start_is_not_given_to_the_first_query(database, monkeypatch
             assert executor.run(database, f"SELECT {number}").rows == [(number,)]
     assert asked == [sql.START, 0.5 + sql.GRACE, 0.5 + sql.GRACE]
 
-    monkeypatch.setattr(sql.sys, "executable", "/bin/false")
-    with sql.Executor() as executor, pytest.raises(OSError, match="did not start: /bin/false"):
+
+@pytest.mark.parametrize(
+    ("python", "said"),
+    [
+        ("/bin/false", r"did not start \(/bin/false .*: it ended with status 1; does that Python"),
+        ("/nowhere/python", r"did not start \(/nowhere/python .*No such file.* must be a Python"),
+        (None, r"did not start \(no Python"),
+    ],
+)
+def test_a_python_that_does_not_start(database, monkeypatch, python, said):
+    monkeypatch.setattr(sql.sys, "executable", python)
+    with sql.Executor() as executor, pytest.raises(OSError, match=said):
         executor.run(database, "SELECT 1")
+
+
+def test_an_interrupted_query_leaves_no_answer_behind(database):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, stop)
+    try:
+        with sql.Executor(sql.Limits(seconds=1.5, steps=10**10)) as executor:
+            executor.run(database, "SELECT 1")
+            signal.setitimer(signal.ITIMER_REAL, 0.3)
+            with pytest.raises(KeyboardInterrupt):
+                executor.run(database, BOMB + "count(*) FROM n")
+            for number in (42, 43):
+                assert executor.run(database, f"SELECT {number}").rows == [(number,)]
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_process_that_was_killed_while_idle_is_not_the_querys_fault(database):
+    with sql.Executor() as executor:
+        for number in range(3):
+            assert executor.run(database, f"SELECT {number}").rows == [(number,)]
+            os.kill(executor._process.pid, signal.SIGKILL)
 
 
 def test_one_process_serves_many_queries_and_is_replaced_when_killed(database):

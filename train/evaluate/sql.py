@@ -58,6 +58,7 @@ __all__ = [
 
 GRACE = 2.0  # seconds beyond the limit that a worker gets to answer before it is killed
 START = 60.0  # seconds for a worker to start on a busy machine
+READY, GONE = "ready\n", ""  # what a worker says that has started, and one that has ended
 DIGITS = 12
 Row = tuple[Any, ...]
 
@@ -124,7 +125,7 @@ class Executor:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
         self._listener: threading.Thread | None = None
-        self._answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def run(self, database: str | os.PathLike[str], query: str) -> Outcome:
         """Runs one query.
@@ -142,12 +143,16 @@ class Executor:
             raise FileNotFoundError(f"no database at {file}; see sql_database.build")
         request = json.dumps({"database": str(file), "query": query})
         with self._lock:
-            if self._process is None or self._process.poll() is not None:
+            fresh = self._process is None or self._process.poll() is not None
+            if fresh:
                 self._start()
             answer = self._ask(request, self.limits.seconds + GRACE)
-        if answer is None:
+            if answer == GONE and not fresh:  # it may have been killed while it was idle
+                self._start()
+                answer = self._ask(request, self.limits.seconds + GRACE)
+        if answer in (None, GONE):
             return Outcome(None, error="the process was killed: it took too long or too much")
-        found = json.loads(answer)
+        found = json.loads(str(answer))
         if "error" in found:
             return Outcome(None, error=found["error"])
         rows = [tuple(_value(v) for v in row) for row in found["rows"]]
@@ -176,16 +181,21 @@ class Executor:
 
     def _start(self) -> None:
         self.close()
-        worker = Path(__file__).with_name("sql_worker.py")
-        # -I -S: no settings and no packages of the caller, and a start in 20 ms.
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(worker)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            encoding="ascii",
-        )
+        worker, python = Path(__file__).with_name("sql_worker.py"), sys.executable
+        said = f"the process that runs SQL did not start ({python or 'no Python'} {worker})"
+        try:
+            # -I -S: no settings and no packages of the caller, and a start in 20 ms.
+            process = subprocess.Popen(
+                [python or "", "-I", "-S", str(worker)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                encoding="ascii",
+            )
+        except OSError as error:
+            raise OSError(f"{said}: {error}; sys.executable must be a Python") from None
+        self._process = process
         self.started += 1
         # A queue of its own: what a killed process still wrote is not taken for an answer.
         self._answers = queue.SimpleQueue()
@@ -193,20 +203,27 @@ class Executor:
         self._listener = threading.Thread(target=_listen, args=args, daemon=True)
         self._listener.start()
         # The time to start is not the query's: it waits until the worker says that it is there.
-        if self._ask(json.dumps(dataclasses.asdict(self.limits)), START) is None:
-            raise OSError(f"the process that runs SQL did not start: {sys.executable} {worker}")
+        if self._ask(json.dumps(dataclasses.asdict(self.limits)), START) != READY:
+            self.close()
+            raise OSError(
+                f"{said}: it ended with status {process.returncode}; does that Python run, and has "
+                f"the machine {self.limits.memory >> 20} MiB to spare?"
+            )
 
     def _ask(self, request: str, seconds: float) -> str | None:
-        """The answer; None if the process died or had to be killed."""
-        if self._send(request):
-            try:
+        """The answer; ``GONE`` if the process was not there, None if it had to be killed."""
+        answer: str | None = GONE
+        try:
+            if self._send(request):
                 answer = self._answers.get(timeout=seconds)
-            except queue.Empty:
-                answer = None
-            if answer is not None:
-                return answer
-        self.close()
-        return None
+        except queue.Empty:
+            answer = None
+        except BaseException:  # an answer that nobody took must not become that of the next query
+            self.close()
+            raise
+        if answer in (None, GONE):
+            self.close()
+        return answer
 
     def _send(self, line: str) -> bool:
         assert self._process is not None
@@ -260,6 +277,7 @@ def execution_accuracy(
       ValueError: no questions, different lengths, or a gold query that does not execute (names
         its row and the reason).
       FileNotFoundError: a database is missing.
+      OSError: the process that runs them cannot be started.
     """
     if isinstance(predictions, str) or isinstance(gold, str):
         raise ValueError("predictions and gold must be lists of queries, got one text")
@@ -366,11 +384,11 @@ def _value(value: Any) -> Any:
     return bytes.fromhex(value["blob"]) if isinstance(value, dict) else value
 
 
-def _listen(pipe: Any, answers: queue.SimpleQueue[str | None]) -> None:
-    """Hands over the lines of a process, and None when it is gone."""
+def _listen(pipe: Any, answers: queue.SimpleQueue[str]) -> None:
+    """Hands over the lines of a process, and ``GONE`` when it is."""
     try:
         for line in pipe:
             answers.put(line)
     except (OSError, ValueError):  # closed under our hands
         pass
-    answers.put(None)
+    answers.put(GONE)
