@@ -31,7 +31,7 @@ class ContinualConfig:
     (o-lora without the penalty), replay (sequential, with examples of the earlier tasks).
 
     Attributes:
-      model: model folder, or ``asset:NAME``; an encoder.
+      model: model folder, or ``asset:NAME``; an encoder or a decoder.
       tasks: addresses of the data in the order in which they are learnt.
       method: one or several, a row of the table each.
       seeds: of head, LoRA, order and dropout.
