@@ -35,7 +35,7 @@ def attention_mask(mask: jax.Array | None) -> Bool[Array, "B 1 T_or_1 S"] | None
     )
 
 
-def columns_of(mask: Any) -> jax.Array | None:
+def columns_of(mask: jax.Array | None) -> jax.Array | None:
     """Columns [B, T] of a source that are to be seen: of a mask [B, T, T], those that any token
     sees."""
     if mask is None:

@@ -342,7 +342,7 @@ def test_what_does_not_go_together(capsys, reviews, taught, tmp_path):
         (["--student=teacher:width=4"], "could not be saved after its training: files of"),
         (["--teacher="], "no teacher is named"),
         (["--student="], "no student is named"),
-        (["--layer-map", "1"], "layer_map must hold pairs"),
+        (["--layer-map", "1"], "--layer-map must hold pairs"),
         (["--data.max-length=99"], "longer than the model's 16 positions"),
         ([f"--teacher={reviews.model}"], "no head, but classification is distilled"),
         (["--data.classes", "pos", "neg"], "the teacher knows neg, pos in this order"),
