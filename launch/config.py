@@ -279,7 +279,10 @@ class FinetuneConfig:
         if not 0.0 <= self.ema < 1.0:
             raise ValueError(f"ema must be in [0, 1), got {self.ema}")
         if self.overlay and self.lora.rank:
-            raise ValueError("overlay and lora.rank are both given: write --overlay lora:rank=8")
+            raise ValueError(
+                f"overlay and lora.rank={self.lora.rank} are both given: write --overlay lora:rank="
+                f"{self.lora.rank} NAME for both, or --lora.rank 0 where a recipe has the LoRA"
+            )
         if self.probe and (self.lora.rank or self.overlay or self.freeze or self.ema):
             raise ValueError(
                 "probe=True trains the head alone: it goes with neither lora, freeze nor ema"

@@ -137,7 +137,7 @@ def test_the_list(capsys):
         (["prefix:length=x"], "length='x'"),
         (["lora:rank=99"], "rank must be <= 16"),
         (["prompt:length=16"], "none of the model's 16 positions"),
-        (["lora", "--lora.rank=2"], "overlay and lora.rank are both given"),
+        (["lora", "--lora.rank=2"], "overlay and lora.rank=2 are both given"),
         (["ia3", "--probe"], "trains the head alone"),
         (["prefix-fixed"], "prefix-fixed needs folders=RUN+RUN"),
         (["prefix-fixed:folders=nowhere"], "nowhere holds no overlay"),
