@@ -131,9 +131,9 @@ def candidates(words: Sequence[str], commands: Sequence[str]) -> list[str]:
     if before[-1] in options:
         return _of_option(before[-1], last, options)
     # Values of an option that takes several stand between it and the word.
-    flags = [number for number, word in enumerate(before) if word.startswith("-")]
-    if flags:
-        return _of_option(before[flags[-1]], last, options)
+    given = [word for word in before if word.startswith("-")]
+    if given:
+        return _of_option(given[-1], last, options)
     place = (command, len(before))
     if place in PLACES:
         return _starting(last, PLACES[place]())
@@ -196,7 +196,7 @@ def _options(command: str, word: str = "") -> dict[str, tuple[str, ...]]:
         from steppe.launch.recipes import COMPARISONS
 
         if word in COMPARISONS:
-            return dict(_fields(type(COMPARISONS[word]())))
+            return dict(flags(type(COMPARISONS[word]())))
     if command == "bench":
         from steppe.launch.bench.cli import BENCHES
 
@@ -204,19 +204,25 @@ def _options(command: str, word: str = "") -> dict[str, tuple[str, ...]]:
     if where is None:
         return {}
     module, _, name = where.partition(":")
-    return dict(_fields(getattr(importlib.import_module(module), name)))
+    return dict(flags(getattr(importlib.import_module(module), name)))
 
 
-def _fields(kind: Any, prefix: str = "") -> list[tuple[str, tuple[str, ...]]]:
+def off(name: str) -> str:
+    """What switches an option off: ``data.no-packed`` for ``data.packed``."""
+    group, dot, own = name.rpartition(".")
+    return f"{group}{dot}no-{own}"
+
+
+def flags(kind: Any, prefix: str = "") -> list[tuple[str, tuple[str, ...]]]:
+    """Options of a dataclass of settings and of those in it; with their values, if few."""
     hints = typing.get_type_hints(kind)
     found: list[tuple[str, tuple[str, ...]]] = []
     for one in dataclasses.fields(kind):
         hint, flag = hints[one.name], f"{prefix}{one.name}".replace("_", "-")
         if dataclasses.is_dataclass(hint):
-            found += _fields(hint, f"{prefix}{one.name}.")
+            found += flags(hint, f"{prefix}{one.name}.")
         elif hint is bool:
-            negative = f"{prefix}no-{one.name}".replace("_", "-")
-            found += [(f"--{flag}", ()), (f"--{negative}", ())]
+            found += [(f"--{flag}", ()), (f"--{off(flag)}", ())]
         else:
             found.append((f"--{flag}", choices(hint)))
     return found

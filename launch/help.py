@@ -85,8 +85,7 @@ class Entry:
 
     def off(self) -> str:
         """Flags that switch them off."""
-        parts = (name.rpartition(".") for name in self.names)
-        return ", ".join(f"--{group}{dot}no-{name}" for group, dot, name in parts)
+        return ", ".join(f"--{completion.off(name)}" for name in self.names)
 
 
 def asked(args: Sequence[str]) -> list[str] | None:

@@ -15,11 +15,11 @@ import inspect
 import io
 import re
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from steppe.data.errors import near
-from steppe.launch import prose
+from steppe.launch import completion, prose
 
 _SECTION = "Attributes:\n"
 _CHOICE = re.compile(r"(invalid choice '([^']*)' for argument '[^']*')\. (Expected one of (.*))")
@@ -96,32 +96,22 @@ def as_options(kind: Any, text: str, group: str = "") -> str:
     Args:
       group: settings whose own check it is, such as ``base.data``; names are those within it.
     """
-    paths = set(_paths(kind))
     said = _SETTINGS.match(text)
     if said is None:
         return text
-    if not any(path.startswith(f"{group}.") for path in paths):
+    known = dict(completion.flags(kind))
+    if not any(flag.startswith(f"--{group}.") for flag in known):
         group = ""  # the parser names the whole by its class
     # A group's checks call a setting by its name, or by the group's last part and its name.
     places = (group, group.rpartition(".")[0])
     found = []
     for name in filter(None, (said[1], said[3])):
-        tried = [f"{place}.{name}".lstrip(".") for place in places]
-        found += [path for path in tried if path in paths][:1] or [""]
+        tried = [f"--{f'{place}.{name}'.lstrip('.')}".replace("_", "-") for place in places]
+        found += [flag for flag in tried if flag in known][:1] or [""]
     if "" in found:
         return text
-    named = (said[2] or "").join(f"--{path.replace('_', '-')}" for path in found)
+    named = (said[2] or "").join(found)
     return named + text[said.end() :]
-
-
-def _paths(kind: Any, group: str = "") -> Iterator[str]:
-    """Settings and those of their groups, ``data.limit``."""
-    types = typing.get_type_hints(kind)
-    for field in dataclasses.fields(kind):
-        if isinstance(types[field.name], type) and dataclasses.is_dataclass(types[field.name]):
-            yield from _paths(types[field.name], f"{group}{field.name}.")
-        else:
-            yield f"{group}{field.name}"
 
 
 def _suggested(said: re.Match[str]) -> str:

@@ -6,7 +6,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from steppe.models.dropout import dropout
 
@@ -42,6 +42,12 @@ def columns_of(mask: jax.Array | None) -> jax.Array | None:
         return None
     shown = jnp.asarray(mask) != 0
     return shown if shown.ndim == 2 else shown.any(1)
+
+
+def last_column(mask: jax.Array) -> Int[Array, " B"]:
+    """Of every row the last column that a mask [B, T] shows; T - 1 where it shows none."""
+    shown = jnp.asarray(mask) != 0
+    return shown.shape[1] - 1 - jnp.argmax(shown[:, ::-1], axis=1)
 
 
 def causal_mask(queries: int, front: int = 0, window: int | None = None) -> Bool[Array, "1 1 T S"]:

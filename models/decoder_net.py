@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from steppe.models import decoder_decode
-from steppe.models.attention import attention_mask
+from steppe.models.attention import attention_mask, last_column
 from steppe.models.decoder_block import DecoderBlock, View, norm
 from steppe.models.dropout import dropout, stream_key
 from steppe.models.layers import Dense, Embedding, run
@@ -370,9 +370,7 @@ def last_real(hidden: jax.Array, mask: jax.Array | None) -> jax.Array:
             "a head that reads the last token needs an attention_mask [batch, tokens], got shape "
             f"{tuple(mask.shape)}"
         )
-    length = hidden.shape[1]
-    last = length - 1 - jnp.argmax(jnp.asarray(mask)[:, ::-1] != 0, axis=1)
-    return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+    return jnp.take_along_axis(hidden, last_column(mask)[:, None, None], axis=1)[:, 0]
 
 
 def _settled(x: Inputs) -> Inputs:

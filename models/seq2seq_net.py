@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from steppe.models.attention import attention_mask, columns_of
+from steppe.models.attention import attention_mask, columns_of, last_column
 from steppe.models.dropout import dropout, stream_key
 from steppe.models.layers import Embedding, run
 from steppe.models.model import Batch, Inputs, Masks, ModelOut
@@ -227,9 +227,8 @@ class Network:
         mask = jnp.ones((rows, length), bool) if seen is None else seen
         mask = mask & (jnp.arange(length) >= states.prompt)  # rows of other prompts are no text
         # A source ends with the token that ends it, and need not begin with one that stands for it.
-        last = length - 1 - jnp.argmax(mask[:, ::-1], axis=1)
         key = jax.random.fold_in(rng, 5) if train and rng is not None else None
-        context = SiteContext(rng=key, train=train, mask=mask, reads=last)
+        context = SiteContext(rng=key, train=train, mask=mask, reads=last_column(mask))
         after: Inputs = site.fn(site.delta, states, lambda x: x, context)
         return after, layer
 

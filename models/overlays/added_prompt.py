@@ -27,7 +27,8 @@ import jax.numpy as jnp
 from steppe.models import tree
 from steppe.models.decoder import DecoderConfig
 from steppe.models.model import Inputs, Model
-from steppe.models.overlays.overlay import Overlay, check_stack, stack_shape
+from steppe.models.overlays.inside import first_column
+from steppe.models.overlays.overlay import Overlay, stack_prefix, stack_shape
 from steppe.models.overlays.prompt import table_of
 from steppe.models.sites import Site, SiteContext
 from steppe.models.tree import Params
@@ -71,14 +72,10 @@ def overlay(
     """
     if length < 1:
         raise ValueError(f"length must be >= 1, got {length}")
-    if first not in (-1, 0, 1):
-        raise ValueError(f"first must be 0 or 1, got {first}; -1 takes what the model needs")
-    if first < 0:  # sources need not begin with a token of their own
-        first = 0 if stack else 1
+    first = first_column(first, stack)
     words = tuple(int(i) for i in ids) or tuple(range(FIRST_ID, FIRST_ID + length))
     behind = tuple(int(i) for i in after)
-    check_stack(stack)
-    place = f"{stack}." if stack else ""
+    place = stack_prefix(stack)
     if len(words) < length:
         raise ValueError(f"ids must name at least length={length} tokens, got {len(words)}")
 

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from steppe.models import tree
+from steppe.models.attention import last_column
 from steppe.models.dropout import dropout
 from steppe.models.encoder import EncoderConfig
 from steppe.models.heads import POOLED
@@ -280,7 +281,7 @@ def _column(batch: Any, position: int, separator: int) -> Column:
         raise ValueError(f"position={position} looks for the separator in input_ids; none given")
     found = jnp.asarray(batch["input_ids"]) == separator
     if position == 3:
-        at = found.shape[1] - 1 - jnp.argmax(found[:, ::-1], axis=1)
+        at = last_column(found)
     else:
         at = jnp.argmax(found, axis=1) + (position == 2)
     return jnp.where(found.any(1), at, 1)

@@ -15,6 +15,19 @@ from steppe.models.model import Inputs
 Column = int | jax.Array
 
 
+def first_column(first: int, stack: str) -> int:
+    """Where words stand in a text: 1 behind its first token, 0 in front; -1 = what the model needs.
+
+    Raises:
+      ValueError: another column.
+    """
+    if first not in (-1, 0, 1):
+        raise ValueError(f"first must be 0 or 1, got {first}; -1 takes what the model needs")
+    if first >= 0:
+        return first
+    return 0 if stack else 1  # sources need not begin with a token of their own
+
+
 def inserted(x: Inputs, rows: Any, at: Column) -> Inputs:
     """The input of the embedding block with ``rows`` [B, t, D] at column ``at``.
 

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from steppe.models.attention import columns_of, last_column
 from steppe.models.decoder import DecoderConfig
 from steppe.models.decoder_block import norm
 from steppe.models.encoder import EncoderConfig
@@ -109,7 +110,7 @@ def insert_after(model: Model, layer: int, *, stop: bool = True) -> Model:
         told = _told(model, batch, states)
         reads = jnp.full(len(states.hidden), states.prompt)
         if isinstance(config, DecoderConfig) and told is not None:
-            reads = told.shape[1] - 1 - jnp.argmax(told[:, ::-1], axis=1)
+            reads = last_column(told)
         context = SiteContext(rng=key, train=train, mask=told, reads=reads)
         after: Inputs = site.fn(site.delta, states, lambda x: x, context)
         _check_length(config, after)
@@ -143,8 +144,8 @@ def _told(model: Model, batch: Batch, states: Inputs) -> jax.Array | None:
     None: a language model's batch does not say where its answer begins.
     """
     rows, n, _ = states.hidden.shape
-    mask = jnp.ones((rows, n), bool) if states.mask is None else jnp.asarray(states.mask) != 0
-    mask = mask if mask.ndim == 2 else mask.any(1)
+    seen = columns_of(states.mask)
+    mask = jnp.ones((rows, n), bool) if seen is None else seen
     mask = mask & (jnp.arange(n) >= states.prompt)  # rows of other prompts are no text
     head = model.config.head
     if not isinstance(model.config, DecoderConfig) or head is None or head.kind != "lm":

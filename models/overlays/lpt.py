@@ -36,7 +36,7 @@ from steppe.models.dropout import dropout
 from steppe.models.model import Inputs, Model
 from steppe.models.overlays import prompt
 from steppe.models.overlays.late import SITE, insert_after
-from steppe.models.overlays.overlay import Overlay, check_stack, stack_shape
+from steppe.models.overlays.overlay import Overlay, stack_prefix, stack_shape
 from steppe.models.seq2seq import Seq2SeqConfig
 from steppe.models.sites import LateSite, Site, SiteContext
 from steppe.models.tree import Params
@@ -86,7 +86,7 @@ def overlay(
         raise ValueError(f"layer must be >= 0, or -1 for half of the layers, got {layer}")
     if not 0.0 <= drop < 1.0:
         raise ValueError(f"drop must be in [0, 1), got {drop}")
-    check_stack(stack)
+    place = stack_prefix(stack)
     plain = prompt.overlay(length=length, start=start)
 
     def below(depth: int) -> int:
@@ -113,7 +113,7 @@ def overlay(
 
     def attach(delta: Params) -> dict[str, Site]:
         if stack:
-            return {f"{stack}.{SITE}": LateSite(put, delta, layer=layer, stop=stop)}
+            return {f"{place}{SITE}": LateSite(put, delta, layer=layer, stop=stop)}
         return {SITE: Site(put, delta)}
 
     def put(own: Params, x: Inputs, base: Callable[[Any], Any], context: SiteContext) -> Inputs:
@@ -125,8 +125,8 @@ def overlay(
     settings = {"layer": layer, "length": length, "kind": kind, "bottleneck": bottleneck}
     settings |= {"drop": drop, "start": start, "stop": stop, "stack": stack}
     below_it = "embed" if layer == 0 else "(?:embed|relative|layers)"
-    place = f"(?:{stack}/)?" if stack else ""  # both stacks look words up in one table
-    stops = (rf"{place}{below_it}/.*",) if stop else ()
+    own = f"(?:{stack}/)?" if stack else ""  # both stacks look words up in one table
+    stops = (rf"{own}{below_it}/.*",) if stop else ()
     return Overlay(
         "lpt", init, attach, None, settings=tuple(settings.items()), around=around, stops=stops
     )

@@ -35,8 +35,8 @@ from steppe.models import tree
 from steppe.models.decoder import DecoderConfig
 from steppe.models.model import Inputs, Model
 from steppe.models.overlays.batchwise import Call, attached, sees_batch
-from steppe.models.overlays.inside import added, inserted, removed
-from steppe.models.overlays.overlay import Overlay, check_stack, stack_shape
+from steppe.models.overlays.inside import added, first_column, inserted, removed
+from steppe.models.overlays.overlay import Overlay, stack_prefix, stack_shape
 from steppe.models.overlays.prompt import table_of
 from steppe.models.sites import Site, SiteContext
 from steppe.models.tree import Params
@@ -98,12 +98,8 @@ def overlay(
         )
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
-    if first not in (-1, 0, 1):
-        raise ValueError(f"first must be 0 or 1, got {first}; -1 takes what the model needs")
-    if first < 0:  # sources need not begin with a token of their own
-        first = 0 if stack else 1
-    check_stack(stack)
-    place = f"{stack}." if stack else ""
+    first = first_column(first, stack)
+    place = stack_prefix(stack)
     words = tuple(int(i) for i in ids) or tuple(range(FIRST_ID, FIRST_ID + length))
     if len(words) != length:
         raise ValueError(f"ids must name length={length} tokens, got {len(words)}")

@@ -256,14 +256,15 @@ def site_kernel(params: Params, site: str) -> Any:
     return tree.get(params, site_path(params, site))
 
 
-def check_stack(stack: str) -> None:
-    """Checks the name of the stack of layers in which an overlay is to stand.
+def stack_prefix(stack: str) -> str:
+    """What the sites of a stack of layers begin with: "encoder.", or nothing in a model of one.
 
     Raises:
       ValueError: neither "encoder" nor empty.
     """
     if stack not in ("", ENCODER):
         raise ValueError(f"stack must be 'encoder', or empty for a model of one, got {stack!r}")
+    return f"{stack}." if stack else ""
 
 
 def stack_shape(params: Params, stack: str, what: str) -> tuple[int, int]:
@@ -276,7 +277,7 @@ def stack_shape(params: Params, stack: str, what: str) -> tuple[int, int]:
     Raises:
       ValueError: the model has no such stack.
     """
-    found, site = kernel_paths(params), f"{stack}.attn.q".lstrip(".")
+    found, site = kernel_paths(params), f"{stack_prefix(stack)}attn.q"
     if site not in found:
         cure = f"; use stack={ENCODER} for its encoder" if f"{ENCODER}.attn.q" in found else ""
         cure = "; leave stack out" if stack and "attn.q" in found else cure

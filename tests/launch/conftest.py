@@ -146,17 +146,23 @@ def reviews(tmp_path_factory):
     )
 
 
+# Settings of runs on the short reviews.
+SHORT = (
+    "--data.max-length=12",
+    "--data.buckets",
+    "8",
+    "12",
+    "--batch-size=16",
+    "--optim.learning-rate=5e-3",
+)
+
+
 def classes(world, *more, source=None):
     """``steppe distill`` on the reviews."""
     return [
         "distill",
         f"--data.source={source or world.a}",
-        "--data.max-length=12",
-        "--data.buckets",
-        "8",
-        "12",
-        "--batch-size=16",
-        "--optim.learning-rate=5e-3",
+        *SHORT,
         "--log-every=1",
         *more,
     ]

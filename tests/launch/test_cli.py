@@ -17,6 +17,8 @@ from steppe.launch import cli, config, papers, recipes
 from steppe.models import pretrained
 from steppe.models.encoder import EncoderConfig
 
+from .conftest import SHORT
+
 WORDS = ["good", "fine", "nice", "bad", "poor", "sad", "film", "plot", "the", "a", "was", "very"]
 
 
@@ -53,12 +55,7 @@ def arguments(world, out, *more):
         "finetune",
         f"--model={world / 'model'}",
         f"--data.source=file:{world / 'data.jsonl'}",
-        "--data.max-length=12",
-        "--data.buckets",
-        "8",
-        "12",
-        "--batch-size=16",
-        "--optim.learning-rate=5e-3",
+        *SHORT,
         "--drop=0",
         "--log-every=1",
         f"--out={out}",

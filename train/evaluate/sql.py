@@ -150,9 +150,9 @@ class Executor:
             if answer == GONE and not fresh:  # it may have been killed while it was idle
                 self._start()
                 answer = self._ask(request, self.limits.seconds + GRACE)
-        if answer in (None, GONE):
+        if not answer:
             return Outcome(None, error="the process was killed: it took too long or too much")
-        found = json.loads(str(answer))
+        found = json.loads(answer)
         if "error" in found:
             return Outcome(None, error=found["error"])
         rows = [tuple(_value(v) for v in row) for row in found["rows"]]
@@ -221,7 +221,7 @@ class Executor:
         except BaseException:  # an answer that nobody took must not become that of the next query
             self.close()
             raise
-        if answer in (None, GONE):
+        if not answer:
             self.close()
         return answer
 

@@ -24,7 +24,7 @@ def check(report: Report) -> None:
     for one in report.models:
         found = declared(one)
         if found is not None and (found[0] in TASK_HEADS or report.apart.get(one.name)):
-            _check_tensors(one, head_of(one, *found), found[1])
+            _check_tensors(one, _head_config(one, *found), found[1])
         for name in report.apart.get(one.name, ()):
             tensor = one.tensors[name]
             moves = jnp.issubdtype(tensor.dtype, jnp.floating)
@@ -45,11 +45,11 @@ def entry(one: Input) -> dict[str, Any]:
     if found is None:
         return {"kind": None, "labels": None}
     labels = _labels(one)
-    head = head_of(one, *found)
+    head = _head_config(one, *found)
     return heads.describe(head, labels if labels and len(labels) == head.num_labels else None)
 
 
-def head_of(one: Input, kind: str, family: Family) -> HeadConfig:
+def _head_config(one: Input, kind: str, family: Family) -> HeadConfig:
     """The configuration of the head that a model declares.
 
     Raises:
