@@ -10,18 +10,21 @@ from steppe.launch import prose
 CONSENT = "--accept-licence"
 ACTIONS = ("list", "fetch", "check")
 USAGE = f"""\
-usage: steppe assets list              what there is, its licence, and what is in the cache
+usage: steppe assets list              what there is, its licence, and what is
+                                       in the cache
        steppe assets fetch NAME ... [{CONSENT}]
-                                       bring assets into the cache (all: every one that asks
-                                       for no consent)
+                                       bring assets into the cache (all: every
+                                       one that asks for no consent)
        steppe assets check [NAME ...]  verify the hashes of what is in the cache
 
-Assets marked "opt-in" have terms that you must agree to: a licence that is not open, or authors
-who ask that their data never be published again or enter training corpora. They are fetched only
-with {CONSENT}, which says that you have read what `fetch` shows and agree to it; then "all"
-means them too. Assets from one package share its download when they are fetched together.
+Assets marked "opt-in" have terms that you must agree to: a licence that is not
+open, or authors who ask that their data never be published again or enter
+training corpora. They are fetched only with {CONSENT}, which says that
+you have read what `fetch` shows and agree to it; then "all" means them too.
+Assets from one package share its download when they are fetched together.
 
-The cache is $STEPPE_CACHE, or ~/.cache/steppe. Records of a data asset: asset:NAME[/PART].
+The cache is $STEPPE_CACHE, or ~/.cache/steppe. Records of a data asset:
+asset:NAME[/PART].
 """
 
 

@@ -147,6 +147,44 @@ class LoraConfig:
     sites: tuple[str, ...] = ("attn.q", "attn.v")
     drop: float = 0.0
 
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise ValueError(f"lora.rank must be >= 0, got {self.rank}")
+        if not math.isfinite(self.alpha):
+            raise ValueError(f"lora.alpha must be finite, got {self.alpha}")
+        if not 0.0 <= self.drop < 1.0:
+            raise ValueError(f"lora.drop must be in [0, 1), got {self.drop}")
+
+
+@dataclass(frozen=True)
+class BalanceConfig:
+    """The balancing constraint of LoRAMoE, for ``--overlay loramoe``; beta 0 = none.
+
+    Attributes:
+      beta: weight of the constraint, see ``steppe.train.objectives.loramoe_loss``.
+      delta: how far the two types of examples are sent to different halves of the experts.
+      column: of the records, with what tells the types apart.
+      first: value of that column that makes a record one of type 1 (the paper's questions of
+        world knowledge); any other makes it one of type 0.
+    """
+
+    beta: float = 0.0
+    delta: float = 0.1
+    column: str = ""
+    first: str = ""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.beta < math.inf:
+            raise ValueError(f"balance.beta must be >= 0 and finite, got {self.beta}")
+        if not 0.0 <= self.delta < 1.0:
+            raise ValueError(f"balance.delta must be in [0, 1), got {self.delta}")
+        if self.beta and not (self.column and self.first):
+            raise ValueError(
+                f"balance.beta must be 0 where the types of the examples are not told, got "
+                f"{self.beta}: balance.column is a column of the data, balance.first its value for "
+                "the one type"
+            )
+
 
 @dataclass(frozen=True)
 class FinetuneConfig:
@@ -160,6 +198,7 @@ class FinetuneConfig:
       lora: a LoRA overlay in place of full fine-tuning; rank 0 = none.
       overlay: parameter-efficient methods in place of full fine-tuning, ``NAME`` or
         ``NAME:SETTING=VALUE,...``, see ``steppe overlays list``; several are composed.
+      balance: loramoe: the constraint that balances its experts; beta 0 = none.
       sharpness: sharpness-aware method around AdamW, see ``steppe.optim``; most take two
         gradients a step. What follows, up to ascent, are its settings, None being the
         method's default, see ``steppe.launch.optimiser``.
@@ -215,6 +254,7 @@ class FinetuneConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     overlay: tuple[str, ...] = ()
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
     sharpness: optimiser.Method = "none"
     rho: float | None = None
     rho_warmup: float = 0.0
@@ -282,6 +322,11 @@ class FinetuneConfig:
             raise ValueError(
                 f"overlay and lora.rank={self.lora.rank} are both given: write --overlay lora:rank="
                 f"{self.lora.rank} NAME for both, or --lora.rank 0 where a recipe has the LoRA"
+            )
+        if self.balance.beta and not any(o.split(":")[0] == "loramoe" for o in self.overlay):
+            raise ValueError(
+                f"balance.beta={self.balance.beta} balances the experts of LoRAMoE: add --overlay "
+                "loramoe"
             )
         if self.probe and (self.lora.rank or self.overlay or self.freeze or self.ema):
             raise ValueError(
@@ -380,6 +425,7 @@ def from_dict(kind: type, values: Mapping[str, Any]) -> Any:
         "data": DataConfig,
         "optim": OptimConfig,
         "lora": LoraConfig,
+        "balance": BalanceConfig,
         "base": FinetuneConfig,
     }
     out: dict[str, Any] = {}

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 
 from steppe.data import batches as batches_
+from steppe.launch import balance, kinds, optimiser, overlays, probe, setup
 from steppe.launch import config as config_
-from steppe.launch import kinds, optimiser, overlays, probe, setup
 from steppe.launch.config import FinetuneConfig
 from steppe.models import pretrained, tree
 from steppe.models.overlays import lora
@@ -129,9 +129,16 @@ def build(
     if overlay is not None:
         # Before the parameters are given up to the training.
         hashed = overlays.base_hash(loaded.params)
-        jax.eval_shape(overlay.init, jax.random.key(0), model.abstract())  # bad ranks end here
+        # Bad ranks end here.
+        delta = jax.eval_shape(overlay.init, jax.random.key(0), model.abstract())
+        if config.balance.beta:
+            balance.check_experts(delta)
         model = overlay.bind(model, frozen=loaded.params)
         plan = dataclasses.replace(plan, rules=tuple(model.axes))
+    objective = None
+    if config.balance.beta:
+        usual = objectives.for_task(model, kind)
+        objective = balance.balanced(config.balance, usual, data.splits["train"])
     batches = batches_.train(
         data.splits["train"],
         config.batch_size,
@@ -157,7 +164,7 @@ def build(
         plan,
         tx,
         schedule,
-        make_step(config, model, kind, tx, plan),
+        make_step(config, model, kind, tx, plan, objective),
         batches,
         steps,
         epoch,

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 # Before jax is imported anywhere: the mesh tests need several devices, and the
 # suite must behave the same on a machine with an accelerator unless asked.
@@ -20,7 +21,7 @@ if "xla_force_host_platform_device_count" not in _flags:
     os.environ["XLA_FLAGS"] = (
         f"{_flags} --xla_force_host_platform_device_count=8"
         " --xla_cpu_enable_concurrency_optimized_scheduler=false"
-        " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+        " --xla_cpu_collective_call_terminate_timeout_seconds=300"
     ).strip()
 EMITTERS = "xla_cpu_use_fusion_emitters"
 if "xla_backend_optimization_level" not in os.environ["XLA_FLAGS"]:
@@ -43,6 +44,27 @@ jax.config.update(
     os.environ.get("STEPPE_TEST_CACHE", str(Path(tempfile.gettempdir()) / "steppe-test-xla")),
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _of_one_device() -> None:
+    """Programs over several devices are compiled in every process, whatever the cache holds.
+
+    Some that came out of it have let their devices wait for each other for ever in spite of the
+    scheduler above, on a machine that nothing else could be told from. JAX has no switch for it.
+    """
+    from jax._src import compilation_cache as cache
+
+    read = getattr(cache, "get_executable_and_time", None)
+    if read is None:  # another JAX: its cache is as it is
+        return
+
+    def get(key: str, options: Any, backend: Any, devices: Any) -> Any:
+        return (None, None) if len(devices) > 1 else read(key, options, backend, devices)
+
+    cache.get_executable_and_time = get
+
+
+_of_one_device()
 
 # Every compiled program holds some forty memory maps, and Linux gives a process 65,530 of them:
 # beyond that LLVM fails to allocate, which ends the process without a word.

@@ -83,7 +83,9 @@ def test_the_real_list_is_broken_between_words_alone(monkeypatch, capsys, column
 
 def test_help_and_wrong_options(fetched, capsys):
     assert main(["--help"]) == 0
-    assert "--accept-licence" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "--accept-licence" in shown
+    assert max(map(len, shown.splitlines())) <= 80
     assert main(["fetch", "free", "--accept-license"]) == 2
     assert "unknown option --accept-license" in capsys.readouterr().err
     assert main(["check", "--accept-licence"]) == 2

@@ -123,6 +123,8 @@ def test_paragraphs_are_filled_again_and_equations_stay(monkeypatch):
         ("finetune --batch-size 0", "--batch-size must be >= 1, got 0;"),
         ("finetune --data.max-length 0", "--data.max-length must be >= 1, got 0;"),
         ("finetune --optim.learning-rate -1", "--optim.learning-rate must be > 0"),
+        ("finetune --lora.rank -1", "--lora.rank must be >= 0, got -1;"),
+        ("finetune --lora.drop 1", "--lora.drop must be in [0, 1)"),
         ("compare flat-minima --valid-limit -1", "--valid-limit must be >= 0"),
         ("compare flat-minima --base.data.limit -1", "--base.data.limit must be >= 0"),
         ("compare flat-minima --base.drop nan", "--base.drop must be"),

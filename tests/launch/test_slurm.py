@@ -203,11 +203,11 @@ def test_two_nodes_are_preempted_killed_and_end_as_if_nothing_had_happened(
         wait_for("step 5", 300, lambda: len(rows(run)) >= 5 or waiting.poll() is not None)
         number = cluster.call("squeue", "-h", "-o", "%A").split()[0]
         cluster.call("scancel", "--signal=TERM", number)
-        wait_for("the requeue", 60, lambda: "ended with 75: back into the queue" in log())
+        wait_for("the requeue", 300, lambda: "ended with 75: back into the queue" in log())
         saved = max(rows(run))
         wait_for("a resumed run", 300, lambda: max(rows(run)) >= saved + 5)
         os.kill(ranks(run)[1], signal.SIGKILL)
-        wait_for("the other requeue", 60, lambda: log().count("back into the queue") == 2)
+        wait_for("the other requeue", 300, lambda: log().count("back into the queue") == 2)
         said, _ = waiting.communicate(timeout=300)
         assert waiting.returncode == 0, said + log()
     except BaseException:
@@ -215,6 +215,7 @@ def test_two_nodes_are_preempted_killed_and_end_as_if_nothing_had_happened(
         raise
     finally:
         waiting.kill()
+        waiting.communicate()
         cluster.call("scancel", "--user", getpass.getuser(), check=False)
     assert log().count("resumed at step") == 2
     assert "on mesh data=4" in " ".join(log().split())

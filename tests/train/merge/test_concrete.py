@@ -244,10 +244,13 @@ def test_settings_that_cannot_work_say_so(options, words):
 @pytest.mark.slow
 @pytest.mark.assets
 def test_digits_in_four_views_merge_in_the_order_of_the_paper(asset):
-    """Concrete TA > AdaMerging > averaging > TA over three seeds, and the entropy falls."""
+    """Concrete TA > AdaMerging > averaging > TA over ten seeds, and the entropy falls.
+
+    Three are too few: Concrete TA is ahead of AdaMerging by less than a point.
+    """
     chosen = ("AdaMerging, layer, 400 steps", "Concrete TA, 400 steps")
     table = digits.study(
-        digits.load(asset("digits")), range(3), methods={n: digits.METHODS[n] for n in chosen}
+        digits.load(asset("digits")), range(10), methods={n: digits.METHODS[n] for n in chosen}
     )
     score = {name: np.mean(rows, 0) for name, rows in table.items()}
     order = ("individual", chosen[1], chosen[0], "averaging", "task arithmetic")
