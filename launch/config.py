@@ -178,6 +178,10 @@ class BalanceConfig:
             raise ValueError(f"balance.beta must be >= 0 and finite, got {self.beta}")
         if not 0.0 <= self.delta < 1.0:
             raise ValueError(f"balance.delta must be in [0, 1), got {self.delta}")
+        if not self.beta and (self.column or self.first):
+            raise ValueError(
+                "balance.beta must be > 0 where balance.column or balance.first is given, got 0"
+            )
         if self.beta and not (self.column and self.first):
             raise ValueError(
                 f"balance.beta must be 0 where the types of the examples are not told, got "

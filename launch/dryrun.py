@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from steppe.launch import estimate, optimiser
 from steppe.launch.pieces import Pieces
@@ -38,6 +39,8 @@ def show(pieces: Pieces) -> dict[str, Any]:
         types=tokenizer is not None and tokenizer.has_token_types,
         packed=getattr(pieces.data.splits["train"], "packing", None) is not None,
     )
+    if config.balance.beta:  # it asks whose rows these are
+        shapes["example_index"] = jax.ShapeDtypeStruct(shape[:1], jnp.int32)
     batch = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=pieces.plan.rows())
         for name, leaf in shapes.items()

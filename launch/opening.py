@@ -110,6 +110,8 @@ def open_writer(name: str, dtype: str = "float32") -> Opened:
     setup.check_vocabulary(tokenizer, bare.vocab_size, origin.tokenizer)
     if overlays.is_overlay(origin.weights):
         loaded = overlays.load(origin.weights, dtype)
+    elif packed.is_packed(origin.weights):
+        loaded = with_output(origin.weights, "lm")
     else:
         loaded = pretrained.load(origin.weights, dtype=dtype)
     if loaded.model.config.head is None:

@@ -99,6 +99,7 @@ def fake_quant(
     if bits == BYPASS:
         return x
     wide = jax.lax.stop_gradient(x.astype(jnp.float32))
+    limits = jax.lax.stop_gradient(limits)  # ranges are constants, also those made of x
     split = wide if group is None else grouped(wide, group)
     kept = _kept(axis, x.ndim, group is not None)
     over = tuple(a for a in range(split.ndim) if a not in kept)
@@ -270,7 +271,7 @@ def check_group(group: Any, inputs: int, where: str) -> None:
     whole = isinstance(group, int) and not isinstance(group, bool)
     if not whole or group < 1 or inputs % group:
         fits = [n for n in (32, 64, 128) if inputs % n == 0]
-        cure = f"use {' or '.join(map(str, fits))}, or None" if fits else "use None"
+        cure = f"use {' or '.join(map(str, fits))}, or none" if fits else "use none"
         raise ValueError(
             f"group must divide the {inputs} inputs (axis -2) of {where}, got {group!r}: {cure}"
         )

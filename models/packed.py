@@ -103,6 +103,8 @@ def unpack(data: np.ndarray, bits: int, shape: Sequence[int]) -> np.ndarray:
       ValueError: bits, or bytes that are not as many as the shape needs.
     """
     fq.check_bits(bits, "bits", bypass=False)
+    if data.dtype != np.uint8:
+        raise ValueError(f"packed integers are bytes (uint8), got {data.dtype}")
     number = int(np.prod(shape, dtype=np.int64))
     if data.size != -(-number * bits // 8):
         raise ValueError(
@@ -218,7 +220,8 @@ def load(directory: str | os.PathLike[str], *, integers: bool = False) -> Loaded
         config = dataclasses.replace(config, **_tuples(record["config"])).with_head(head)
         pairs = tuple((p, None if c is None else QuantConfig(**c)) for p, c in record["rules"])
         kernels = {p: (k["bits"], tuple(k["shape"])) for p, k in record["kernels"].items()}
-    except (KeyError, TypeError, ValueError) as error:
+        chosen = quantized.resolve(config.build(), pairs)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path / FILE} does not describe a quantised model: {error}") from error
     store = weights.open_directory(path)
     flat: dict[str, Any] = {}
@@ -235,6 +238,13 @@ def load(directory: str | os.PathLike[str], *, integers: bool = False) -> Loaded
                 ) from error
         else:
             flat[name] = jnp.array(store.read(name))
+    for name, (bits, _) in kernels.items():
+        if name not in chosen or chosen[name].w_bits != bits:
+            rule = chosen[name].w_bits if name in chosen else "none"
+            raise ValueError(
+                f"{path / FILE} contradicts itself: kernel {name!r} is stored in {bits} bits, its "
+                f"rule says {rule}; save the model again"
+            )
     base = config.build()
     model = integer.wrap(base, pairs)
     params = tree.unflatten(flat)

@@ -320,13 +320,18 @@ def as_pairs(rules: QuantRules) -> tuple[tuple[str, QuantConfig | None], ...]:
     """Rules as pairs.
 
     Raises:
-      ValueError: they are none.
+      ValueError: they are none, or a pattern is no regular expression.
     """
     if isinstance(rules, QuantConfig):
         return ((STACKED, rules),)
     if isinstance(rules, str):
         raise ValueError(f"rules must be a QuantConfig or pairs, got text: use parse({rules!r})")
     pairs = tuple((pattern, config) for pattern, config in rules)
+    for pattern, _ in pairs:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"rule {pattern!r} is no regular expression ({error})") from error
     if not pairs:
         raise ValueError("rules must hold at least one (pattern, QuantConfig or None), got none")
     return pairs

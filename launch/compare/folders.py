@@ -27,7 +27,12 @@ def read(folder: Path, kind: type) -> Any:
         values = json.loads((folder / CONFIG).read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG} is damaged ({error})") from error
-    return config_.from_dict(kind, values)
+    try:
+        return config_.from_dict(kind, values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{folder / CONFIG} is not of this command ({error}); choose another --out"
+        ) from error
 
 
 def check(config: Any, folder: Path, grows: Collection[str]) -> None:

@@ -7,14 +7,16 @@ OUT/quantize.json, report.html
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from steppe.launch import config as config_
@@ -27,7 +29,7 @@ from steppe.launch.quantize.opened import Opened, noise, open_model
 from steppe.launch.quantize.settings import QuantizeConfig, folder_of
 from steppe.models import integer, packed, quantized
 from steppe.train import loop
-from steppe.train.quantize import baselines
+from steppe.train.quantize import baselines, generator
 
 FILE, RESULT, PAGE = "rows.jsonl", "quantize.json", "report.html"
 GROWS = ("out", "bits", "method", "seeds", "resume", "speed")
@@ -48,13 +50,22 @@ def run(config: QuantizeConfig, command: Sequence[str] = ()) -> dict[str, Any]:
         raise ValueError("out must name the new folder: --out FOLDER")
     out = Path(config.out)
     folders.check(config, out, GROWS)
+    lines = Lines(out / FILE)
+    done = finished(lines)
+    for key in config.rows():
+        _check_folder(out / folder_of(*key))
     opened = open_model(config)
     methods.check(opened, config)
     for bits in config.bits:  # before anything is computed
         for method in config.method:
-            quantized.resolve(opened.model, methods.rules_of(bits, method, config))
-    lines = Lines(out / FILE)
-    done = finished(lines)
+            try:
+                quantized.resolve(opened.model, methods.rules_of(bits, method, config))
+            except ValueError as error:
+                where = f"bits={bits}" + (", head" if config.head else "")
+                raise ValueError(f"{where}: {error}") from error
+    asked = set(config.rows())
+    if (out / folders.CONFIG).is_file():  # of a resumed run, which held other rows too
+        config = _both(folders.read(out, QuantizeConfig), config)
     known: dict[str, Any] = {"command": shlex.join(command), "config": config_.to_dict(config)}
     known |= {"versions": machine.versions(), "hardware": machine.hardware()}
     outputs.write_json(out / folders.CONFIG, config_.to_dict(config))
@@ -62,7 +73,7 @@ def run(config: QuantizeConfig, command: Sequence[str] = ()) -> dict[str, Any]:
         with folders.terminable(), Line(every=20.0) as shown:
             known["float"] = _float(opened, shown.tell)
             for key in config.rows():
-                if key not in done:
+                if key in asked and key not in done:
                     done[key] = row(opened, config, *key, out, shown.tell)
                     lines.append(done[key])
                     _write(config, out, known, done)
@@ -73,17 +84,40 @@ def run(config: QuantizeConfig, command: Sequence[str] = ()) -> dict[str, Any]:
         ) from None
     found = _write(config, out, known, done)
     Console().print(table.terminal(found))
+    for line in table.warnings(found):
+        print(line)
     print(out / PAGE)
     return found
 
 
 def finished(lines: Lines) -> dict[Key, dict[str, Any]]:
-    """(bits, method, seed) -> row.
+    """(bits, method, seed) -> row, where its folder is still there.
 
     Raises:
-      ValueError: a line without them.
+      ValueError: a line without what a row has.
     """
-    return lines.by(lambda row: (str(row["bits"]), str(row["method"]), int(row["seed"])))
+
+    def key(row: Mapping[str, Any]) -> Key:
+        for name in ("folder", "size", "errors"):
+            row[name]
+        return str(row["bits"]), str(row["method"]), int(row["seed"])
+
+    rows = lines.by(key).items()
+    return {key: row for key, row in rows if packed.is_packed(lines.file.parent / row["folder"])}
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuses a row's folder that holds what no row has written."""
+    held = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    if held and not packed.is_packed(folder):
+        raise FileExistsError(f"{folder} holds other files ({held[0]}); choose another --out")
+
+
+def _both(old: QuantizeConfig, new: QuantizeConfig) -> QuantizeConfig:
+    """``new`` with the bits, methods and seeds of ``old`` before its own."""
+    names = ("bits", "method", "seeds")
+    joined = {n: tuple(dict.fromkeys((*getattr(old, n), *getattr(new, n)))) for n in names}
+    return dataclasses.replace(new, **joined)
 
 
 def _float(opened: Opened, tell: methods.Told) -> dict[str, Any]:
@@ -91,7 +125,11 @@ def _float(opened: Opened, tell: methods.Told) -> dict[str, Any]:
     if opened.task is None:
         return {}
     tell("scores of the float model", 0, 1)
-    return {"metrics": opened.task.score(opened.model, opened.params, "test")}
+    found: dict[str, Any] = {"metrics": opened.task.score(opened.model, opened.params, "test")}
+    if methods.classifies(opened):
+        answers = [logits[real] for real, logits in _answers(opened, opened.model, opened.params)]
+        found["information"] = float(generator.information(jnp.concatenate(answers)))
+    return found
 
 
 def row(
@@ -104,7 +142,7 @@ def row(
     tell: methods.Told,
 ) -> dict[str, Any]:
     """Quantizes once, writes the folder, and tells what it costs."""
-    folder = out / folder_of(bits, method, seed, len(config.seeds) > 1)
+    folder = out / folder_of(bits, method, seed)
     begin = time.perf_counter()
     made = methods.quantize(opened, config, bits, method, seed, out / f"{folder.name}-game", tell)
     found: dict[str, Any] = {"bits": bits, "method": method, "seed": seed, "folder": folder.name}
@@ -130,6 +168,8 @@ def row(
     if config.speed:
         tell(f"speed of {folder.name}", 0, 1)
         found["speed"] = _speed(opened, config, student, params, made)
+    if made.told is not None:
+        found["information"] = made.told
     if made.samples is not None and opened.task is not None and opened.task.tokenizer is not None:
         found["samples"] = [opened.task.tokenizer.decode(list(ids)) for ids in made.samples]
     return found
@@ -147,23 +187,25 @@ def agreement(opened: Opened, student: Any, params: Any) -> float | None:
     task = opened.task
     if task is None or task.kind != "classification":
         return None
+    equal, count = 0, 0
+    both = (_answers(opened, student, params), _answers(opened, opened.model, opened.params))
+    for (real, ours), (_, theirs) in zip(*both, strict=True):
+        equal += int((ours.argmax(-1) == theirs.argmax(-1))[real].sum())
+        count += int(real.sum())
+    return equal / count if count else None
+
+
+def _answers(opened: Opened, model: Any, params: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(which rows are examples, logits) of every batch of the test split."""
     from steppe.data import batches
     from steppe.launch import setup
 
-    def classes(model: Any, own: Any, batch: Any) -> Any:
-        return model.apply(own, batch).logits.argmax(-1)
-
-    @jax.jit
-    def same(ours: Any, theirs: Any, batch: Any) -> Any:
-        return classes(student, ours, batch) == classes(opened.model, theirs, batch)
-
-    equal, count = 0, 0
+    task = opened.task
+    assert task is not None
+    answer = jax.jit(lambda own, batch: model.apply(own, batch).logits)
     for batch in batches.evaluate(task.splits["test"], task.rows, buckets=setup.buckets(task.data)):
         inputs = {k: v for k, v in batch.items() if k not in ("labels", "label_mask")}
-        real = np.asarray(batch["example_index"]) >= 0
-        equal += int(np.asarray(same(params, opened.params, inputs))[real].sum())
-        count += int(real.sum())
-    return equal / count if count else None
+        yield np.asarray(batch["example_index"]) >= 0, np.asarray(answer(params, inputs))
 
 
 def _speed(

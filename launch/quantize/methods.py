@@ -23,12 +23,15 @@ from steppe.launch.quantize.settings import (
     MAGNITUDES,
     QuantizeConfig,
 )
-from steppe.models import quantized
+from steppe.models import quantized, tree
+from steppe.models.decoder import DecoderConfig
+from steppe.models.encoder import EncoderConfig
 from steppe.models.tree import Params
+from steppe.models.vision import VisionConfig
 from steppe.train import distill, loop, metrics, step
 from steppe.train.distill.pairs import Teacher
 from steppe.train.objectives import basic
-from steppe.train.quantize import baselines, calibrate, gptq, zsaq
+from steppe.train.quantize import baselines, calibrate, generator, gptq, zsaq
 from steppe.train.quantize.game import Terms
 
 Told = Callable[[str, int, int], None]
@@ -42,11 +45,13 @@ class Made(NamedTuple):
       params: kernels in integers, see ``models.quantized``.
       rules: what was rounded, and how.
       samples: texts of the generator of a game, [rows, length] ids, or None.
+      told: nats that the float classifier's answers tell of a game's inputs, or None.
     """
 
     params: Params
     rules: quantized.QuantRules
     samples: Any
+    told: float | None = None
 
 
 def rules_of(bits: str, method: str, config: QuantizeConfig) -> quantized.QuantRules:
@@ -61,11 +66,39 @@ def check(opened: Opened, config: QuantizeConfig) -> None:
     """Refuses methods that have nothing to learn from in this model or its data.
 
     Raises:
-      ValueError: naming the method, and what goes.
+      ValueError: naming the method, and what goes; parameters that are no numbers.
     """
+    fine = jax.jit(lambda own: jax.tree.map(lambda x: jnp.isfinite(x).all(), own))(opened.params)
+    for path, whole in tree.flatten(fine).items():
+        if not bool(whole):
+            raise ValueError(
+                f"{config.model} holds NaN or infinity in {path!r}: look at how it was trained "
+                "and saved"
+            )
     head = opened.model.config.head
     numbers = head is not None and head.kind == "regression"
+    made_for = isinstance(opened.model.config, EncoderConfig | DecoderConfig | VisionConfig)
+    static = config.activations == "static" and any(
+        quantized.parse(bits).a_bits < 32 for bits in config.bits
+    )
     for method in config.method:
+        reads = static or method in (*GRAMS, *MAGNITUDES)
+        if reads and config.calibration == "data" and opened.task is None:
+            raise ValueError(
+                f"method {method!r} reads inputs of the layers, and {config.model} names no data "
+                "to calibrate with: give --data.source, or --calibration noise"
+            )
+        invents = method in GAMES or (reads and config.calibration == "noise")
+        if invents and not made_for:
+            raise ValueError(
+                f"method {method!r} makes inputs, which goes for encoders, decoders and vision "
+                f"models; {config.model} is none: take methods and --calibration that use data"
+            )
+        if method in LEARNS and head is None:
+            raise ValueError(
+                f"method {method!r} learns the answers of a head, and {config.model} has none: "
+                "fine-tune it first, or take rtn, mse, gptq, smooth or awq"
+            )
         if method in FROM_DATA and opened.task is None:
             raise ValueError(
                 f"method {method!r} learns from the training split, and no data is named: give "
@@ -76,6 +109,11 @@ def check(opened: Opened, config: QuantizeConfig) -> None:
                 f"method 'data' compares distributions over classes, and {config.model} predicts "
                 "numbers (regression): take qat, which learns its labels, or zsaq with "
                 "--divergence mse"
+            )
+        if method in GAMES and config.info_bonus and not classifies(opened):
+            raise ValueError(
+                f"info_bonus={config.info_bonus} is for classifiers, and {config.model} is none: "
+                "leave it at 0"
             )
         if method in GAMES and numbers and config.divergence == "kl":
             raise ValueError(
@@ -120,8 +158,8 @@ def quantize(
     if static:
         params = calibrate.ranges(reads, params, batches, rules)
     if method in GAMES:
-        params, samples = _game(opened, config, rules, params, method, seed, folder, tell)
-        return Made(quantized.quantize(params, rules), rules, samples)
+        params, samples, told = _game(opened, config, rules, params, method, seed, folder, tell)
+        return Made(quantized.quantize(params, rules), rules, samples, told)
     if method in FROM_DATA:
         params = _learned(opened, config, rules, params, method, seed, folder, tell)
         return Made(quantized.quantize(params, rules), rules, None)
@@ -142,8 +180,9 @@ def _game(
     seed: int,
     folder: Path,
     tell: Told,
-) -> tuple[Params, Any]:
-    """The student's float parameters after a game, and what its generator makes."""
+) -> tuple[Params, Any, float | None]:
+    """The student's float parameters after a game, what its generator makes, and what that tells
+    the teacher."""
     student = quantized.wrap(opened.model, rules)
     teacher = Teacher(opened.model, opened.params)
     random = method == "random"
@@ -159,13 +198,13 @@ def _game(
         generator_lr=config.generator_lr,
         freeze_generator=random,
     )
-    terms = Terms(config.divergence, config.inter_layer, config.act_bonus)
+    terms = Terms(config.divergence, config.inter_layer, config.act_bonus, config.info_bonus)
     start = quantized.with_entries(student, params)
     state = zsaq.init(jax.random.key(seed), student, teacher, made, opt, params=start)
     train = zsaq.make_zsaq_step(student, opened.model, made, opt, terms=terms)
     said = _Said(tell, f"{method}, game", config.steps)
     state = _run(train, state, zsaq.Noise(), config.steps, folder, said)
-    return zsaq.result(state), _samples(opened, made, state, seed)
+    return zsaq.result(state), _samples(opened, made, state, seed), _told(opened, made, state, seed)
 
 
 def _learned(
@@ -221,6 +260,24 @@ def _run(train: Any, state: Any, fed: Any, steps: int, folder: Path, said: Any) 
     )
 
 
+def classifies(opened: Opened) -> bool:
+    """Whether the model's answers are one distribution over classes."""
+    head = opened.model.config.head
+    return head is not None and head.kind == "classification"
+
+
+def _told(opened: Opened, made: Any, state: Any, seed: int) -> float | None:
+    """``generator.information`` of the float model's answers to some 256 made inputs."""
+    if not classifies(opened):
+        return None
+    y, key = state.params.get(zsaq.GENERATOR, {}), jax.random.key(seed)
+    reads = generator.feeding(opened.model)
+    answer = jax.jit(lambda own, batch: reads.apply(own, batch).logits)
+    first = answer(opened.params, generator.batches(made, y, opened.params, key, 1)[0])
+    some = generator.batches(made, y, opened.params, key, max(1, 256 // len(first)))
+    return float(generator.information(jnp.concatenate([answer(opened.params, b) for b in some])))
+
+
 def _samples(opened: Opened, made: Any, state: Any, seed: int) -> Any:
     """The nearest words of what a generator of texts makes, [4, length] ids; else None."""
 
@@ -264,7 +321,8 @@ def describe(config: QuantizeConfig, method: str) -> dict[str, Any]:
     if method in LEARNS:
         names += ["k_min", "steps", "student_lr", "batch_size"]
     if method in GAMES:
-        names += ["generator_lr", "divergence", "inter_layer", "act_bonus", "adapter", "length"]
+        names += ["generator_lr", "divergence", "inter_layer", "act_bonus", "info_bonus"]
+        names += ["adapter", "length"]
     if method == "zsaq":
         names.append("rho")
     known = dataclasses.asdict(config)

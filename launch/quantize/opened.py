@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from steppe.launch import evaluation, kinds, opening, outputs, setup
+from steppe.launch import evaluation, kinds, opening, outputs, overlays, setup
 from steppe.launch.merge.material import LESS, Task
 from steppe.launch.pieces import rows_of
 from steppe.launch.quantize.settings import QuantizeConfig
@@ -59,6 +59,11 @@ def open_model(config: QuantizeConfig) -> Opened:
     origin = opening.resolve(config.model)
     if packed.is_packed(origin.weights):
         raise ValueError(f"{config.model} is quantized already; give the float model it came from")
+    if overlays.is_overlay(origin.weights):
+        raise ValueError(
+            f"{config.model} is an overlay that could not be merged into its base, and integers "
+            "have no place for it: quantize the base, or a run whose overlay is merged"
+        )
     own = evaluation.own_data(config.model)
     data = config.data if config.data.source or own is None else own
     loaded = opening.with_output(origin.weights, data.task)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from steppe.launch.config import DataConfig
-from steppe.models import quantized
+from steppe.models import fake_quant, quantized
 
 Method = Literal["rtn", "mse", "gptq", "smooth", "awq", "zsaq", "sgd-sga", "random", "data", "qat"]
 METHODS: tuple[str, ...] = Method.__args__  # type: ignore[attr-defined]
@@ -24,7 +24,7 @@ class QuantizeConfig:
     """``steppe quantize MODEL``: a model as integers, with a table of what that costs.
 
     Every pair of ``bits`` and ``method`` is one row and one folder, OUT/BITS-METHOD, which
-    ``steppe evaluate`` opens. Methods that learn make one row a seed.
+    ``steppe evaluate`` opens. Methods that learn make one row a seed, OUT/BITS-METHOD-seedN.
 
     Attributes:
       model: run folder, exported folder, file of weights, or ``asset:NAME``.
@@ -37,8 +37,9 @@ class QuantizeConfig:
         as ceilings of those: data, the same on its inputs; qat, fine-tuning on its labels.
       data: what the model is scored on, and calibrated with; of a run its own. Without any there
         are no scores.
-      calibration: inputs of gptq, smooth, awq and static ranges: ``data``, of the training split,
-        or ``noise``, tokens drawn at random (images: normal noise), which needs no data.
+      calibration: inputs of gptq, smooth, awq and static ranges (a game's too): ``data``, of the
+        training split, or ``noise``, tokens drawn at random (images: normal noise), which needs
+        no data.
       examples: of those.
       activations: range of a layer's input: of each token, of each batch (tensor), or static.
       fit: step of a kernel's channel: absmax, its largest magnitude is the largest integer, or mse,
@@ -52,6 +53,8 @@ class QuantizeConfig:
       divergence: games: kl, l1 or mse, of the logits.
       inter_layer, act_bonus: games: weight of the distance of hidden states, of the bonus for
         large activations.
+      info_bonus: games with a generator, classifiers: weight of the bonus for inputs that the
+        float model tells apart.
       adapter: games: what maps the generator to embeddings: soft_embed, gumbel or linear.
       length: games, noise: tokens of a made text.
       batch_size: games, calibration: rows at once.
@@ -80,6 +83,7 @@ class QuantizeConfig:
     divergence: Literal["kl", "l1", "mse"] = "kl"
     inter_layer: float = 0.0
     act_bonus: float = 0.0
+    info_bonus: float = 0.0
     adapter: Literal["soft_embed", "gumbel", "linear"] = "soft_embed"
     length: int = 32
     batch_size: int = 16
@@ -97,7 +101,16 @@ class QuantizeConfig:
                 raise ValueError(f"{name} must not hold a value twice, got {values}")
         known: dict[quantized.QuantConfig, str] = {}
         for text in self.bits:
-            other = known.setdefault(quantized.parse(text), text)
+            try:
+                scheme = quantized.parse(text)
+            except ValueError as error:
+                raise ValueError(
+                    "bits must be schemes such as w8a8, w4a16 or w4a8-g64, of 2 to 8 bits (16: as "
+                    f"it is), got {text!r}"
+                ) from error
+            if scheme.w_bits == scheme.a_bits == fake_quant.BYPASS:
+                raise ValueError(f"bits must round something, got {text!r}: take w8a16 or w16a8")
+            other = known.setdefault(scheme, text)
             if other != text:
                 raise ValueError(
                     f"bits must not hold a scheme twice, {other} and {text} are one: leave one out"
@@ -109,7 +122,7 @@ class QuantizeConfig:
         for name, low in (least | {"eval_limit": 0, "speed": 0}).items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be >= {low}, got {getattr(self, name)}")
-        for name in ("rho", "student_lr", "generator_lr", "inter_layer", "act_bonus"):
+        for name in ("rho", "student_lr", "generator_lr", "inter_layer", "act_bonus", "info_bonus"):
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be >= 0 and finite, got {value}")
@@ -117,15 +130,15 @@ class QuantizeConfig:
             raise ValueError(f"seeds must be >= 0, got {min(self.seeds)}")
 
     def rows(self) -> tuple[tuple[str, str, int], ...]:
-        """(bits, method, seed) of every row; methods that do not learn have the first seed."""
+        """(bits, method, seed) of every row; methods that do not learn have seed 0."""
         return tuple(
             (bits, method, seed)
             for bits in self.bits
             for method in self.method
-            for seed in (self.seeds if method in LEARNS else self.seeds[:1])
+            for seed in (self.seeds if method in LEARNS else (0,))
         )
 
 
-def folder_of(bits: str, method: str, seed: int, several: bool) -> str:
+def folder_of(bits: str, method: str, seed: int) -> str:
     """The name of a row's folder."""
-    return f"{bits}-{method}" + (f"-seed{seed}" if several and method in LEARNS else "")
+    return f"{bits}-{method}" + (f"-seed{seed}" if method in LEARNS else "")

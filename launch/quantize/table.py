@@ -11,6 +11,8 @@ from steppe.launch.compare.table import spread
 from steppe.launch.merge.material import LESS
 from steppe.launch.quantize.settings import QuantizeConfig
 
+# Share of what real inputs tell a classifier, below which made ones teach next to nothing.
+FEW = 0.1
 HEADS = ("", "metric", "less the float's", "agreement", "kernels", "SQNR, dB", "forward pass")
 
 
@@ -101,6 +103,21 @@ def heads(found: Mapping[str, Any]) -> list[str]:
     metric = found["metric"] or ""
     unit = f"{metric}, %" if metric and metric not in LESS else metric
     return [unit if head == "metric" else head for head in HEADS]
+
+
+def warnings(found: Mapping[str, Any]) -> list[str]:
+    """A sentence for every game whose inputs told the float model next to nothing."""
+    real = found.get("float", {}).get("information")
+    said = []
+    for row in found["rows"] if real else ():
+        told = row.get("information")
+        if told is not None and told < FEW * real:
+            said.append(
+                f"{row['folder']}: the float model answers the made inputs almost alike "
+                f"({told:.3f} nats tell them apart, {real:.3f} the test examples): what was learnt "
+                "from them says little of the data"
+            )
+    return said
 
 
 def terminal(found: Mapping[str, Any]) -> Any:

@@ -15,11 +15,9 @@ from steppe.models.sites import listening
 from steppe.train.objectives import basic as objectives
 from steppe.train.objectives import loramoe_loss
 
-OPTIONS = (
-    "--overlay=loramoe:experts=4,rank=2,drop=0",
-    "--balance.column=kind",
-    "--balance.first=qa",
-)
+OVERLAY = "--overlay=loramoe:experts=4,rank=2,drop=0"
+TYPES = ("--balance.column=kind", "--balance.first=qa")
+OPTIONS = (OVERLAY, *TYPES)
 
 
 @pytest.fixture(scope="module")
@@ -74,13 +72,14 @@ def test_the_types_are_those_of_the_records(typed):
 
 @pytest.mark.slow
 def test_a_run_sends_the_types_to_different_experts(typed, tmp_path):
-    words = ["finetune", f"--model={typed.model}", f"--data.source={typed.source}", *OPTIONS]
+    words = ["finetune", f"--model={typed.model}", f"--data.source={typed.source}", OVERLAY]
     words += ["--data.max-length=12", "--data.buckets=12", "--batch-size=16", "--no-baselines"]
     words += ["--steps=150", "--optim.learning-rate=2e-2", "--log-every=30", "--microbatches=2"]
     shares = {}
     for beta in (0.0, 1.0):
         run = tmp_path / str(beta)
         more = [f"--balance.beta={beta}", "--balance.delta=0.5", f"--out={run}"]
+        more += TYPES if beta else ()
         assert cli.main([*words, *more]) == 0
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         said = [row["balance/loss"] for row in rows if "balance/loss" in row]
@@ -113,7 +112,8 @@ def parted(run, typed):
     ("options", "words"),
     [
         (("--balance.beta=-1",), "balance.beta must be >= 0"),
-        (("--balance.delta=1",), r"balance.delta must be in \[0, 1\)"),
+        (("--balance.beta=0",), "--balance.beta must be > 0 where"),
+        (("--balance.beta=1", "--balance.delta=1"), r"balance.delta must be in \[0, 1\)"),
         (("--balance.beta=1", "--balance.column="), "--balance.beta must be 0 where"),
         (("--balance.beta=1", "--overlay=ia3"), "add --overlay loramoe"),
         (
@@ -135,3 +135,10 @@ def test_mistakes(typed, tmp_path, capsys, options, words):
     said = " ".join(capsys.readouterr().err.split())
     assert re.search(words, said), said
     assert not run.exists()
+
+
+def test_a_dry_run_knows_whose_rows_are_counted(typed, tmp_path, capsys):
+    words = ["finetune", f"--model={typed.model}", f"--data.source={typed.source}", *OPTIONS]
+    words += ["--data.max-length=12", "--data.buckets=12", "--steps=1", "--balance.beta=1"]
+    assert cli.main([*words, "--dry-run", f"--out={tmp_path / 'run'}"]) == 0
+    assert "peak per device" in capsys.readouterr().out

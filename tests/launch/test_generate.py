@@ -9,6 +9,7 @@ import pytest
 
 from steppe.data.text import Tokenizer
 from steppe.launch import chat, cli, generate, opening, sampling, writing
+from steppe.models import packed
 from steppe.models.decoding import Settings
 
 
@@ -28,6 +29,20 @@ def test_one_prompt_is_written_as_it_comes(tiny, capsys):
     assert "tokens in" in said.err
     again = generated(capsys, tiny.llama, "--prompt=a b c", "--max-new-tokens=6", "--dtype=float32")
     assert again.out == said.out
+
+
+def test_a_quantized_model_writes(tiny, tmp_path, capsys):
+    """The folder of ``steppe quantize``, token for token what its rounded model chooses."""
+    out = tmp_path / "q"
+    assert cli.main(["quantize", str(tiny.llama), "--bits=w4a8", f"--out={out}", "--speed=0"]) == 0
+    capsys.readouterr()
+    said = generated(capsys, out / "w4a8-rtn", "--prompt", "a b c", "--max-new-tokens", 6)
+    held = packed.load(out / "w4a8-rtn")
+    ids = Tokenizer.open(tiny.llama).encode_batch(["a b c"])[0]["input_ids"]
+    for _ in range(6):
+        logits = held.model.apply(held.params, {"input_ids": np.asarray([ids])}).logits
+        ids = [*ids, int(logits[0, -1].argmax())]
+    assert said.out.strip() == Tokenizer.open(tiny.llama).decode(ids).removeprefix("a b c").strip()
 
 
 def test_a_file_gives_json_lines_equal_to_single_prompts(tiny, opened, tmp_path, capsys):

@@ -15,7 +15,7 @@ from steppe.launch.config import DataConfig, FinetuneConfig
 from steppe.launch.quantize import command, table
 from steppe.launch.quantize.settings import QuantizeConfig
 from steppe.launch.report import quantizing
-from steppe.models import packed, pretrained, quantized
+from steppe.models import packed, pretrained, quantized, tree
 from steppe.models.heads import HeadConfig
 from steppe.train.quantize import baselines
 
@@ -133,6 +133,44 @@ def test_gptq_uses_the_data_and_zsaq_none(done):
     assert "calibration" not in record["notes"]
 
 
+def test_rows_are_added_and_none_is_lost(world, tmp_path):
+    """Another seed is another folder; what an earlier run asked for stays in the table."""
+    _, run, *_ = world
+    config = QuantizeConfig(
+        str(run), str(tmp_path / "out"), ("w4a8",), ("rtn", "random"), examples=16, steps=1,
+        k_min=1, student_lr=1e-2, batch_size=4, length=6, seeds=(0,), speed=0,
+    )  # fmt: skip
+    command.run(config)
+    first = (tmp_path / "out" / "w4a8-random-seed0" / "model.safetensors").read_bytes()
+    more = dataclasses.replace(config, bits=("w3a8",), seeds=(7,), resume=True)
+    found = command.run(more)
+    names = [row["folder"] for row in found["rows"]]
+    assert names == ["w4a8-rtn", "w4a8-random-seed0", "w3a8-rtn", "w3a8-random-seed7"]
+    assert (tmp_path / "out" / "w4a8-random-seed0" / "model.safetensors").read_bytes() == first
+    # What the float classifier's answers tell of made inputs, beside what they tell of the data.
+    told = [row.get("information") for row in found["rows"]]
+    assert told[0] is None
+    assert 0 <= told[1] <= np.log(2)
+    assert 0 <= found["float"]["information"] <= np.log(2)
+    found["float"]["information"], found["rows"][1]["information"] = 0.5, 0.01
+    assert (
+        "w4a8-random-seed0: the float model answers the made inputs almost alike"
+        in (table.warnings(found)[0])
+    )
+    # A row whose folder is gone runs again; a line that lacks what a row has is refused.
+    (tmp_path / "out" / "w3a8-rtn" / packed.FILE).unlink()
+    (tmp_path / "out" / "w3a8-rtn" / "model.safetensors").unlink()
+    (tmp_path / "out" / "w3a8-rtn" / "config.json").unlink()
+    for file in (tmp_path / "out" / "w3a8-rtn").iterdir():
+        file.unlink()
+    command.run(more)
+    assert packed.is_packed(tmp_path / "out" / "w3a8-rtn")
+    with (tmp_path / "out" / command.FILE).open("a") as lines:
+        lines.write('{"bits": "w8a8", "method": "rtn", "seed": 0}\n')
+    with pytest.raises(ValueError, match="rows.jsonl, line 6 is damaged"):
+        command.run(more)
+
+
 def test_ceilings_learn_from_the_training_split(world, tmp_path, capsys):
     _, run, model, params, _ = world
     config = QuantizeConfig(
@@ -144,7 +182,7 @@ def test_ceilings_learn_from_the_training_split(world, tmp_path, capsys):
     # One learns the float model's answers, the other the labels, which that does not know.
     assert rows["data"]["agreement"] >= rows["rtn"]["agreement"]
     assert rows["qat"]["metrics"]["loss"] < rows["rtn"]["metrics"]["loss"]
-    record = json.loads((tmp_path / "out" / "w2a8-qat" / "quantized.json").read_text())
+    record = json.loads((tmp_path / "out" / "w2a8-qat-seed5" / "quantized.json").read_text())
     assert record["notes"]["student_lr"] == 3e-2
     assert "generator_lr" not in record["notes"]
     page = (tmp_path / "out" / "report.html").read_text()
@@ -194,11 +232,13 @@ def test_without_data_it_rounds_and_scores_nothing(world, tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--bits", "w9a8"], "9"),
+        (["--bits", "w9a8"], "--bits must be schemes such as w8a8, w4a16 or w4a8-g64, of 2 to 8"),
+        (["--bits", "w16a16"], "--bits must round something, got 'w16a16'"),
         (["--bits", "w8a8", "W8A8"], "bits must not hold a scheme twice, w8a8 and W8A8 are one"),
-        (["--bits", "eight"], "scheme must look like w8a8"),
+        (["--bits", "eight"], "(16: as it is), got 'eight'"),
         (["--method", "round"], "method"),
-        (["--bits", "w4a8-g5"], "group must divide"),
+        (["--bits", "w4a8-g5"], "bits=w4a8-g5: group must divide"),
+        (["--method", "zsaq", "--info-bonus", "-1"], "--info-bonus must be >= 0"),
         (["--rho", "-1"], "rho must be >= 0 and finite"),
         (["--seeds", "-1"], "seeds must be >= 0"),
         ([], "out must name the new folder"),
@@ -221,6 +261,22 @@ def test_no_model_and_no_data(world, tmp_path, capsys):
     words = ["quantize", str(folder), "--method", "gptq", "--out", str(tmp_path / "o")]
     assert cli.main([*words, "--speed", "0"]) == 2
     assert "names no data to calibrate with" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+    headless = network(None).build()
+    folder = export(tmp_path / "headless", headless, jax.jit(headless.init)(jax.random.key(0)))
+    words = ["quantize", str(folder), "--method", "zsaq", "--out", str(tmp_path / "o")]
+    assert cli.main(words) == 2
+    assert "learns the answers of a head" in capsys.readouterr().err
+    broken = tree.replace(params, {"embed/norm/scale": params["embed"]["norm"]["scale"] * np.nan})
+    folder = export(tmp_path / "broken", model, broken)
+    assert cli.main(["quantize", str(folder), "--out", str(tmp_path / "o")]) == 2
+    assert "holds NaN or infinity in 'embed/norm/scale'" in capsys.readouterr().err
+    (tmp_path / "o" / "w8a8-rtn").mkdir(parents=True)
+    (tmp_path / "o" / "w8a8-rtn" / "mine.txt").write_text("x")
+    words = ["quantize", str(tmp_path / "bare"), "--out", str(tmp_path / "o"), "--resume"]
+    assert cli.main(words) == 2
+    assert "holds other files (mine.txt)" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "o").iterdir()] == ["w8a8-rtn"]
 
 
 @pytest.mark.parametrize("method", ["data", "zsaq", "random"])

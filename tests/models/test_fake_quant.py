@@ -135,6 +135,17 @@ def test_clipped_straight_through(symmetric):
     np.testing.assert_array_equal(own, jnp.ones(6))
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_ranges_are_constants_whoever_gives_them(symmetric):
+    def total(x, scale):
+        limits = (scale * x.min(), scale * x.max())
+        return fq.fake_quant(x, 4, symmetric=symmetric, limits=limits).sum()
+
+    by_x, by_scale = jax.grad(total, (0, 1))(V, 1.0)
+    np.testing.assert_array_equal(by_x, jnp.ones(6))
+    assert float(by_scale) == 0
+
+
 def test_bf16_is_rounded_in_float32():
     x = W.astype(jnp.bfloat16)
     made = fq.fake_quant(x, 8, (0, -1))
@@ -175,7 +186,7 @@ def test_bad_bits(bits):
 def test_bad_groups_and_axes():
     with pytest.raises(ValueError, match=r"group must divide the 8 inputs \(axis -2\) .*got 3"):
         fq.fake_quant(W, 4, (0, 2), group=3)
-    with pytest.raises(ValueError, match="use 32 or 64, or None"):
+    with pytest.raises(ValueError, match="use 32 or 64, or none"):
         fq.quantize(jnp.ones((64, 2)), 4, group=48)
     with pytest.raises(ValueError, match="group=4 needs symmetric=True"):
         fq.fake_quant(W, 4, symmetric=False, group=4)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from steppe.models import fake_quant as fq
-from steppe.models import integer, packed, quantized, tree
+from steppe.models import integer, packed, pretrained, quantized, tree
 from steppe.models.decoder import DecoderConfig
 from steppe.models.encoder import EncoderConfig
 from steppe.models.heads import HeadConfig
@@ -41,6 +41,19 @@ def test_pieces_are_the_whole(monkeypatch):
 
 def test_the_lowest_bit_comes_first():
     np.testing.assert_array_equal(packed.pack(np.array([-8, -7, 7]), 4), [0x10, 0x0F])
+
+
+def test_what_is_packed_is_bytes():
+    with pytest.raises(ValueError, match=r"packed integers are bytes \(uint8\), got float32"):
+        packed.unpack(np.zeros(2, np.float32), 4, (4,))
+
+
+def test_what_trains_needs_floats(tiny, tmp_path):
+    _, params = tiny
+    rules = quantized.parse("w4a8")
+    folder = packed.save(tmp_path / "q", MODEL, quantized.quantize(params, rules), rules)
+    with pytest.raises(ValueError, match="holds a quantized model, .* needs the float model"):
+        pretrained.load(folder)
 
 
 def test_integers_that_do_not_fit():
@@ -170,7 +183,20 @@ def test_bad_folders(tiny, tmp_path):
     (folder / "config.json").write_text(held[:20])
     with pytest.raises(ValueError, match=r"q/config\.json is damaged .*: save it again"):
         packed.load(folder)
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="does not describe a quantised model"):
+        packed.load(folder)
     (folder / "config.json").write_text(held)
+    for key, value in (("kernels", []), ("config", [1]), ("rules", [["(", None]])):
+        (folder / packed.FILE).write_text(json.dumps({**record, key: value}))
+        with pytest.raises(ValueError, match="does not describe a quantised model"):
+            packed.load(folder)
+    record["rules"][0][1]["w_bits"] = 3
+    (folder / packed.FILE).write_text(json.dumps(record))
+    with pytest.raises(
+        ValueError, match="contradicts itself: .* stored in 4 bits, its rule says 3"
+    ):
+        packed.load(folder)
     record["rules"][0][1]["w_bits"] = 11
     (folder / packed.FILE).write_text(json.dumps(record))
     with pytest.raises(ValueError, match=r"does not describe a quantised model: w_bits must be"):

@@ -1,17 +1,22 @@
 """The objective of zero-shot quantization: how far a student is from its teacher on what a
 generator makes, as a game (``optim.minimax.Game``).
 
-  f(x, y) = D(P(h), Q_x(h)) + alpha sum_l d_l + beta mean |last features of P(h)|,   h = G_y(z)
+  f(x, y) = D(P(h), Q_x(h)) + alpha sum_l d_l + beta mean |last features of P(h)| + gamma I(P(h)),
+            h = G_y(z)
 
   D      kl    KL(softmax P || softmax Q), or another divergence of ``train.distill``; nats
          l1    mean |P - Q| over all logits           mse   mean (P - Q)^2
          a mean over the visible positions of the batch
   d_l    mean absolute difference of the L2-normalised hidden states after layer l
 
-The generator raises f. The beta term does not depend on x: it keeps the generator from inputs on
-which the teacher's features die. alpha = beta = 0 by default (ZAQ has 1 and 0.1).
+  I      nats that a batch's answers tell of its inputs, H(mean P) - mean H(P), see ``generator``
 
-Zhu et al., EMNLP 2023 (arXiv 2310.13315); Liu et al., CVPR 2021 (ZAQ) for d and beta.
+The generator raises f. The last two terms do not depend on x: beta keeps the generator from inputs
+on which the teacher's features die, gamma (classifiers) sends it to inputs that the teacher tells
+apart. alpha = beta = gamma = 0 by default (ZAQ has alpha = 1 and beta = 0.1).
+
+Zhu et al., EMNLP 2023 (arXiv 2310.13315); Liu et al., CVPR 2021 (ZAQ) for d and beta; the two
+halves of I are the entropy and the one-hot loss of Chen et al., ICCV 2019 (DAFL, arXiv 1904.01186).
 """
 
 from __future__ import annotations
@@ -27,7 +32,7 @@ from steppe.models import tree
 from steppe.models.model import Model, ModelOut
 from steppe.optim.minimax import Game
 from steppe.train.distill import divergences
-from steppe.train.quantize.generator import Generator, Synthetic
+from steppe.train.quantize.generator import Generator, Synthetic, information
 from steppe.train.types import Params
 
 KINDS = ("kl", "l1", "mse", *divergences.KINDS)
@@ -40,11 +45,13 @@ class Terms(NamedTuple):
       divergence: D, of ``KINDS``.
       inter_layer: alpha.
       act_bonus: beta.
+      info_bonus: gamma; of a classifier alone.
     """
 
     divergence: str = "kl"
     inter_layer: float = 0.0
     act_bonus: float = 0.0
+    info_bonus: float = 0.0
 
 
 class Made(NamedTuple):
@@ -121,7 +128,8 @@ def game(
       compute_dtype: of all three networks; x and y stay as they are.
 
     Raises:
-      ValueError: from a step, models without logits or with logits of different shapes.
+      ValueError: from a step, models without logits or with logits of different shapes,
+        ``info_bonus`` of what is no classifier.
     """
     terms = Terms() if terms is None else terms
     still = _cast(teacher_params, compute_dtype)
@@ -134,6 +142,8 @@ def game(
         bonus = jnp.float32(0)
         if terms.act_bonus:
             bonus = terms.act_bonus * jnp.abs(hidden.astype(jnp.float32)).mean()
+        if terms.info_bonus:
+            bonus += terms.info_bonus * information(_classes(_logits(out)))
         return Made(made, _logits(out), out.hidden[1:] if layers else None, bonus)
 
     def value(x: Params, made: Made) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -151,6 +161,15 @@ def game(
         return total + made.bonus, aux
 
     return Game(prepare, value)
+
+
+def _classes(logits: jax.Array) -> jax.Array:
+    if logits.ndim != 2 or logits.shape[1] < 2:
+        raise ValueError(
+            "info_bonus is of a classifier's answers [B, C] with C >= 2, got logits of shape "
+            f"{logits.shape}: leave it at 0"
+        )
+    return logits
 
 
 def check_kind(kind: Any) -> None:

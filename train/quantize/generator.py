@@ -30,6 +30,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from steppe.models import tree
 from steppe.models.decoder import DecoderConfig
@@ -252,6 +253,17 @@ def pixels(
         return Synthetic({"pixel_values": x.reshape(rows, *shape)}, None)
 
     return Generator(init, apply)
+
+
+def information(logits: Float[Array, "N C"]) -> Float[Array, ""]:
+    """Nats that a classifier's answers tell of its inputs: H(mean p) - mean H(p), from 0 to log C.
+
+    Near 0 it answers all of them alike. A student that learns from such inputs learns one answer,
+    and the distance D between the two, which chooses the champion, says nothing of others.
+    """
+    logp = jax.nn.log_softmax(logits.astype(jnp.float32), -1)
+    mean = jax.nn.logsumexp(logp, 0) - jnp.log(logits.shape[0])
+    return (jnp.exp(logp) * logp).sum(-1).mean() - (jnp.exp(mean) * mean).sum()
 
 
 def feeding(model: Model) -> Model:

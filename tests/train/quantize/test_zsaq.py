@@ -85,10 +85,28 @@ def test_the_terms_add_up():
     np.testing.assert_allclose(inner, expected, rtol=1e-3)
 
 
-def test_the_bonus_does_not_move_the_student():
-    plain, bonus = (values(STUDENT, Terms(act_bonus=b))[1] for b in (0.0, 0.5))
+@pytest.mark.parametrize("term", ["act_bonus", "info_bonus"])
+def test_the_bonus_does_not_move_the_student(term):
+    plain, bonus = (values(STUDENT, Terms(**{term: b}))[1] for b in (0.0, 0.5))
     assert small.largest(plain[0], bonus[0]) < 1e-6
     assert small.largest(plain[1], bonus[1]) > 1e-6
+
+
+def test_what_answers_tell_of_inputs():
+    """H(mean p) - mean H(p) in float64: 0 where all answers are one, log C where all differ."""
+    logits = np.random.default_rng(0).normal(size=(7, 3)) * 3
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    mean = p.mean(0)
+    expected = -(mean * np.log(mean)).sum() + (p * np.log(p)).sum(1).mean()
+    np.testing.assert_allclose(generator.information(jnp.asarray(logits)), expected, rtol=1e-5)
+    assert abs(float(generator.information(jnp.ones((5, 3)) * 4.0))) < 1e-6
+    sure = generator.information(100.0 * jnp.eye(3))
+    np.testing.assert_allclose(sure, np.log(3), rtol=1e-6)
+    out = jax.jit(GEN.apply)(Y, BERT.params, KEY)
+    answers = jax.jit(lambda p, o: BERT.model.apply(p, o.batch, embeds=o.embeds).logits)
+    told = generator.information(answers(BERT.params, out))
+    found = float(values(STUDENT, Terms(info_bonus=2.0))[0] - values(STUDENT)[0])
+    np.testing.assert_allclose(found, 2.0 * told, rtol=1e-3, atol=1e-6)
 
 
 def test_a_step_of_the_generator_raises_f_on_its_noise():
