@@ -116,7 +116,9 @@ def _check_folder(folder: Path) -> None:
 def _both(old: QuantizeConfig, new: QuantizeConfig) -> QuantizeConfig:
     """``new`` with the bits, methods and seeds of ``old`` before its own."""
     names = ("bits", "method", "seeds")
-    joined = {n: tuple(dict.fromkeys((*getattr(old, n), *getattr(new, n)))) for n in names}
+    joined: dict[str, Any] = {
+        n: tuple(dict.fromkeys((*getattr(old, n), *getattr(new, n)))) for n in names
+    }
     return dataclasses.replace(new, **joined)
 
 

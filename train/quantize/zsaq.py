@@ -14,6 +14,9 @@ the present generator makes from held-out noise (the same noise every time), and
 smaller D stays. The champion at the start is the rounded teacher, and :func:`result` gives the
 champion. "First" and "now" are thus compared on the same inputs, however far the generator went.
 
+At 32 bits there is nothing to play for, and rho must be 0: the gradient is what is left of
+rounding, and a sharpness-aware step scales even that to the length rho.
+
 Zhu et al., EMNLP 2023 (arXiv 2310.13315): rho, learning rates and the number of iterations are
 not known; K_x = 5 and Adam at 1e-3 for a new generator are ZAQ's (Liu et al., CVPR 2021).
 
