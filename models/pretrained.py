@@ -322,7 +322,7 @@ def _open(path: Path) -> tuple[Weights, dict[str, Any]]:
         opened: tuple[Weights, dict[str, Any]] = importlib.import_module(reader).read(path)
         return opened
     raw = _read_config(path)  # first: what it says of a wrong folder is clearer
-    if (path / "quantized.json").is_file():
+    if (path / "quantized.json").is_file():  # packed.FILE, which imports this module
         raise ValueError(
             f"{path} holds a quantized model, whose kernels are integers: what trains needs the "
             "float model that it was made from (models.packed.load opens it)"
