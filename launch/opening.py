@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from steppe.data.text import Tokenizer
 from steppe.launch import kinds, overlays, setup
-from steppe.models import packed, pretrained, quantized
+from steppe.models import packed, pretrained, quantized, tree
 from steppe.train.merge import joined
 
 
@@ -54,6 +57,12 @@ def with_output(weights: Path, task: str) -> pretrained.Loaded:
         return loaded
     found = pretrained.load(weights, head="lm")
     return loaded if found.fresh else found
+
+
+def not_finite(params: Any) -> str | None:
+    """The path of the first leaf that holds NaN or infinity; None where there is none."""
+    fine = jax.jit(lambda own: jax.tree.map(lambda x: jnp.isfinite(x).all(), own))(params)
+    return next((path for path, whole in tree.flatten(fine).items() if not bool(whole)), None)
 
 
 def one_task(

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from steppe.data.text import Tokenizer
 from steppe.launch import config as config_
@@ -16,7 +15,7 @@ from steppe.launch import kinds, opening, pieces, setup
 from steppe.launch.config import DataConfig
 from steppe.launch.distill import schemes
 from steppe.launch.distill.settings import TEACHER, DistillConfig
-from steppe.models import pretrained, shrink, tree
+from steppe.models import pretrained, shrink
 from steppe.models.families import faithful
 from steppe.train import distill
 
@@ -153,13 +152,12 @@ def load_teacher(config: DistillConfig, source: Source) -> pretrained.Loaded:
       ValueError: it has none of the kind that the task needs; parameters that are no numbers.
     """
     loaded = _with_head(config, source)
-    fine = jax.jit(lambda own: jax.tree.map(lambda x: jnp.isfinite(x).all(), own))(loaded.params)
-    for path, whole in tree.flatten(fine).items():
-        if not bool(whole):
-            raise ValueError(
-                f"the teacher {source.given} holds NaN or infinity in {path!r}: nothing can be "
-                "learnt from it; look at how it was trained and saved"
-            )
+    path = opening.not_finite(loaded.params)
+    if path is not None:
+        raise ValueError(
+            f"the teacher {source.given} holds NaN or infinity in {path!r}: nothing can be "
+            "learnt from it; look at how it was trained and saved"
+        )
     return loaded
 
 

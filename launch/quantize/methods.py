@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from steppe.data import batches as batches_
-from steppe.launch import setup
+from steppe.launch import opening, setup
 from steppe.launch.quantize import opened as opened_
 from steppe.launch.quantize.opened import Opened
 from steppe.launch.quantize.settings import (
@@ -23,7 +23,7 @@ from steppe.launch.quantize.settings import (
     MAGNITUDES,
     QuantizeConfig,
 )
-from steppe.models import quantized, tree
+from steppe.models import quantized
 from steppe.models.decoder import DecoderConfig
 from steppe.models.encoder import EncoderConfig
 from steppe.models.tree import Params
@@ -68,13 +68,12 @@ def check(opened: Opened, config: QuantizeConfig) -> None:
     Raises:
       ValueError: naming the method, and what goes; parameters that are no numbers.
     """
-    fine = jax.jit(lambda own: jax.tree.map(lambda x: jnp.isfinite(x).all(), own))(opened.params)
-    for path, whole in tree.flatten(fine).items():
-        if not bool(whole):
-            raise ValueError(
-                f"{config.model} holds NaN or infinity in {path!r}: look at how it was trained "
-                "and saved"
-            )
+    path = opening.not_finite(opened.params)
+    if path is not None:
+        raise ValueError(
+            f"{config.model} holds NaN or infinity in {path!r}: look at how it was trained and "
+            "saved"
+        )
     head = opened.model.config.head
     numbers = head is not None and head.kind == "regression"
     made_for = isinstance(opened.model.config, EncoderConfig | DecoderConfig | VisionConfig)
@@ -204,7 +203,8 @@ def _game(
     train = zsaq.make_zsaq_step(student, opened.model, made, opt, terms=terms)
     said = _Said(tell, f"{method}, game", config.steps)
     state = _run(train, state, zsaq.Noise(), config.steps, folder, said)
-    return zsaq.result(state), _samples(opened, made, state, seed), _told(opened, made, state, seed)
+    told = _told(opened, made, state, seed, config.batch_size) if classifies(opened) else None
+    return zsaq.result(state), _samples(opened, made, state, seed), told
 
 
 def _learned(
@@ -266,15 +266,12 @@ def classifies(opened: Opened) -> bool:
     return head is not None and head.kind == "classification"
 
 
-def _told(opened: Opened, made: Any, state: Any, seed: int) -> float | None:
-    """``generator.information`` of the float model's answers to some 256 made inputs."""
-    if not classifies(opened):
-        return None
+def _told(opened: Opened, made: Any, state: Any, seed: int, rows: int) -> float:
+    """``generator.information`` of the float classifier's answers to some 256 made inputs."""
     y, key = state.params.get(zsaq.GENERATOR, {}), jax.random.key(seed)
     reads = generator.feeding(opened.model)
     answer = jax.jit(lambda own, batch: reads.apply(own, batch).logits)
-    first = answer(opened.params, generator.batches(made, y, opened.params, key, 1)[0])
-    some = generator.batches(made, y, opened.params, key, max(1, 256 // len(first)))
+    some = generator.batches(made, y, opened.params, key, max(1, 256 // rows))
     return float(generator.information(jnp.concatenate([answer(opened.params, b) for b in some])))
 
 
