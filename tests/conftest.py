@@ -58,8 +58,12 @@ def _of_one_device() -> None:
     if read is None:  # another JAX: its cache is as it is
         return
 
-    def get(key: str, options: Any, backend: Any, devices: Any) -> Any:
-        return (None, None) if len(devices) > 1 else read(key, options, backend, devices)
+    @functools.wraps(read)
+    def get(key: str, options: Any, backend: Any, devices: Any, *more: Any, **named: Any) -> Any:
+        # ``more``: later releases hand over the callbacks of the host too.
+        if len(devices) > 1:
+            return None, None
+        return read(key, options, backend, devices, *more, **named)
 
     cache.get_executable_and_time = get
 
