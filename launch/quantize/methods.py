@@ -114,6 +114,8 @@ def check(opened: Opened, config: QuantizeConfig) -> None:
                 f"info_bonus={config.info_bonus} is for classifiers, and {config.model} is none: "
                 "leave it at 0"
             )
+        if method in GAMES and method != "random":
+            opened_.learned(opened, config)  # a generator that does not fit ends here
         if method in GAMES and numbers and config.divergence == "kl":
             raise ValueError(
                 f"divergence='kl' of method {method!r} compares distributions, and {config.model} "
@@ -319,7 +321,7 @@ def describe(config: QuantizeConfig, method: str) -> dict[str, Any]:
         names += ["k_min", "steps", "student_lr", "batch_size"]
     if method in GAMES:
         names += ["generator_lr", "divergence", "inter_layer", "act_bonus", "info_bonus"]
-        names += ["adapter", "length"]
+        names += ["adapter", "candidates", "length"]
     if method == "zsaq":
         names.append("rho")
     known = dataclasses.asdict(config)

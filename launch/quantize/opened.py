@@ -145,7 +145,16 @@ def noise(opened: Opened, config: QuantizeConfig, rows: int) -> generator.Genera
 
 
 def learned(opened: Opened, config: QuantizeConfig) -> generator.Generator:
-    """The generator of a game."""
+    """The generator of a game.
+
+    Raises:
+      ValueError: an adapter or candidates that do not fit the model.
+    """
+    if opened.vision and config.candidates:
+        raise ValueError(
+            f"candidates={config.candidates} are words, and {config.model} reads images: leave it "
+            "at 0"
+        )
     if opened.vision:
         return generator.pixels(opened.model, rows=config.batch_size, size=_side(opened))
     return generator.noise(
@@ -154,6 +163,7 @@ def learned(opened: Opened, config: QuantizeConfig) -> generator.Generator:
         length=length(opened, config),
         adapter=config.adapter,
         ends=opened.ends,
+        candidates=config.candidates,
     )
 
 

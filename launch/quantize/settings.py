@@ -56,6 +56,8 @@ class QuantizeConfig:
       info_bonus: games with a generator, classifiers: weight of the bonus for inputs that the
         float model tells apart.
       adapter: games: what maps the generator to embeddings: soft_embed, gumbel or linear.
+      candidates: games, soft_embed and gumbel: words that a made text may choose from, others each
+        time; 0 = the whole vocabulary.
       length: games, noise: tokens of a made text.
       batch_size: games, calibration: rows at once.
       seeds: of generator, noise and the order of the data, for what learns.
@@ -85,6 +87,7 @@ class QuantizeConfig:
     act_bonus: float = 0.0
     info_bonus: float = 0.0
     adapter: Literal["soft_embed", "gumbel", "linear"] = "soft_embed"
+    candidates: int = 0
     length: int = 32
     batch_size: int = 16
     seeds: tuple[int, ...] = (0,)
@@ -119,7 +122,7 @@ class QuantizeConfig:
             if name not in METHODS:
                 raise ValueError(f"method must be of {', '.join(METHODS)}, got {name!r}")
         least = {"examples": 1, "k_min": 1, "steps": 1, "length": 3, "batch_size": 1}
-        for name, low in (least | {"eval_limit": 0, "speed": 0}).items():
+        for name, low in (least | {"candidates": 0, "eval_limit": 0, "speed": 0}).items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be >= {low}, got {getattr(self, name)}")
         for name in ("rho", "student_lr", "generator_lr", "inter_layer", "act_bonus", "info_bonus"):

@@ -2,13 +2,8 @@
 
   body       h = G_y(z), [B, T, d_G]: a learned network on noise, or a language model that reads
              noise; its output representations, never sampled tokens, so that gradients flow
-  adapter    "linear"      LayerNorm(h W + b) * s, W in R^{d_G x d_M}; s starts at the scale of
-                           the teacher's embeddings
-             "soft_embed"  softmax(l / tau) E with l in R^V the body's logits and E the teacher's
-                           embedding table: inputs stay convex combinations of real tokens
-             "gumbel"      the token of the largest l + Gumbel noise, straight through: its row of
-                           E forwards, the softmax of the noisy l / tau backwards
-             None          h itself, where d_G = d_M
+  adapter    from h to the teacher's embeddings: "linear", "soft_embed", "gumbel" or None, see
+             ``adapters``
 
 A vision teacher is fed with patch embeddings (the adapter "linear"), or with whole images by
 :func:`pixels`. The teacher adds its positions itself; the attention mask is all ones.
@@ -16,8 +11,8 @@ A vision teacher is fed with patch embeddings (the adapter "linear"), or with wh
 A generator is two functions: ``init(key) -> y`` and ``apply(y, teacher's parameters, key) ->
 Synthetic``. Everything random comes from the key.
 
-Zhu et al., EMNLP 2023 (arXiv 2310.13315): the adapter of the paper is not public, these are ours.
-Jang et al., ICLR 2017 for the Gumbel form.
+Zhu et al., EMNLP 2023 (arXiv 2310.13315): which network the paper's noise goes through first is
+not public; these are ours.
 """
 
 from __future__ import annotations
@@ -26,37 +21,31 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from steppe.models import tree
-from steppe.models.decoder import DecoderConfig
-from steppe.models.encoder import EncoderConfig
 from steppe.models.layout import rows as by_rows
-from steppe.models.masks import uniform
 from steppe.models.model import Batch, Model, ModelOut, Rules
 from steppe.models.tree import Params
 from steppe.models.vision import VisionConfig
+from steppe.train.quantize import adapters
+from steppe.train.quantize.adapters import TABLE, Kind, Synthetic, normal_kernel, positive
 
-Adapter = Literal["linear", "soft_embed", "gumbel"]
-ADAPTERS = ("linear", "soft_embed", "gumbel", None)
-TABLE = "embed/word/table"
-EPSILON = 1e-6
-
-
-class Synthetic(NamedTuple):
-    """Inputs of a model.
-
-    Attributes:
-      batch: what ``Model.apply`` takes as batch.
-      embeds: [B, T, D] in place of the look-up, or None.
-    """
-
-    batch: Batch
-    embeds: jax.Array | None
+__all__ = [
+    "Generator",
+    "Synthetic",
+    "batches",
+    "decoder",
+    "feeding",
+    "information",
+    "noise",
+    "pixels",
+    "random_tokens",
+]
 
 
 @dataclass(frozen=True)
@@ -79,12 +68,13 @@ def noise(
     *,
     rows: int,
     length: int,
-    adapter: Adapter | None = "soft_embed",
+    adapter: Kind | None = "soft_embed",
     width: int = 128,
     noise_width: int = 32,
     hidden: int = 256,
     tau: float = 1.0,
     ends: tuple[int, int] | None = None,
+    candidates: int = 0,
 ) -> Generator:
     """A learned noise-to-embedding network.
 
@@ -93,30 +83,41 @@ def noise(
     Args:
       teacher: the model whose inputs are made.
       rows, length: B and T of what is made; T patches (a square) of a vision teacher.
-      adapter: see the module; None needs width = d_M.
+      adapter: see ``adapters``; None needs width = d_M.
       width: d_G.
       noise_width, hidden: of z and n_t, and of the hidden layer.
       tau: temperature of "soft_embed" and "gumbel".
       ends: ids of the tokens that begin and end every text of the teacher ([CLS], [SEP]), which
         then stand there.
+      candidates: words that a text may choose from, drawn anew each time, of "soft_embed" and
+        "gumbel"; 0 = the whole vocabulary.
 
     Raises:
       ValueError: a size below 1, tau <= 0, an unknown adapter, one that the teacher cannot take,
-        or a width that does not fit without one.
+        a width that does not fit without one, candidates outside 0..V or of another adapter.
     """
     for name, value in (("width", width), ("noise_width", noise_width), ("hidden", hidden)):
-        _positive(value, name)
-    adapt = _adapter(teacher, adapter, width, tau, ends, rows, length)
+        positive(value, name)
+    adapt = adapters.adapter(
+        teacher,
+        adapter,
+        width,
+        rows=rows,
+        length=length,
+        tau=tau,
+        ends=ends,
+        candidates=candidates,
+    )
 
     def init(key: jax.Array) -> Params:
         a, b, c, d, e = jax.random.split(key, 5)
         return {
             "body": {
-                "global": _kernel(a, noise_width, hidden),
-                "token": _kernel(b, noise_width, hidden),
+                "global": normal_kernel(a, noise_width, hidden),
+                "token": normal_kernel(b, noise_width, hidden),
                 "position": jax.random.normal(c, (length, hidden)),
                 "hidden": {"bias": jnp.zeros(hidden)},
-                "out": {"kernel": _kernel(d, hidden, width), "bias": jnp.zeros(width)},
+                "out": {"kernel": normal_kernel(d, hidden, width), "bias": jnp.zeros(width)},
             },
             **adapt.init(e),
         }
@@ -140,18 +141,19 @@ def decoder(
     *,
     rows: int,
     length: int,
-    adapter: Adapter | None = "linear",
+    adapter: Kind | None = "linear",
     reads: Literal["tokens", "normal"] = "tokens",
     tau: float = 1.0,
     ends: tuple[int, int] | None = None,
+    candidates: int = 0,
 ) -> Generator:
     """An autoregressive language model that reads noise; h are its last hidden states.
 
     What it reads does not depend on what it says: h_t sees the noise up to t, in one pass.
 
     Args:
-      teacher, rows, length, adapter, tau, ends: see :func:`noise`. "soft_embed" and "gumbel" take
-        the logits of ``lm``, whose vocabulary must be the teacher's.
+      teacher, rows, length, adapter, tau, ends, candidates: see :func:`noise`. "soft_embed" and
+        "gumbel" take the logits of ``lm``, whose vocabulary must be the teacher's.
       lm: a decoder; y holds its parameters below ``body``: replace those of ``init`` by
         pretrained ones.
       reads: "tokens" = the embeddings of ids drawn at random, which a pretrained model knows, or
@@ -165,12 +167,23 @@ def decoder(
     if length > lm.config.max_length:
         raise ValueError(f"length must be <= {lm.config.max_length}, lm's positions, got {length}")
     soft = adapter in ("soft_embed", "gumbel")
-    if soft and (lm.config.head is None or lm.config.vocab_size != _vocabulary(teacher)):
+    if soft and (lm.config.head is None or lm.config.vocab_size != adapters.vocabulary(teacher)):
         raise ValueError(
             f"adapter {adapter!r} needs an lm with a language-model head over the teacher's "
-            f"{_vocabulary(teacher)} tokens, got {lm.config.vocab_size}: use adapter='linear'"
+            f"{adapters.vocabulary(teacher)} tokens, got {lm.config.vocab_size}: use "
+            "adapter='linear'"
         )
-    adapt = _adapter(teacher, adapter, lm.config.width, tau, ends, rows, length, own_logits=soft)
+    adapt = adapters.adapter(
+        teacher,
+        adapter,
+        lm.config.width,
+        rows=rows,
+        length=length,
+        tau=tau,
+        ends=ends,
+        candidates=candidates,
+        own_logits=soft,
+    )
 
     def init(key: jax.Array) -> Params:
         a, b = jax.random.split(key)
@@ -182,7 +195,9 @@ def decoder(
         if reads == "tokens":
             read = table[jax.random.randint(a, (rows, length), 0, len(table))]
         else:
-            read = jax.random.normal(a, (rows, length, table.shape[1]), table.dtype) * _rms(table)
+            read = jax.random.normal(a, (rows, length, table.shape[1]), table.dtype) * adapters.rms(
+                table
+            )
         out = lm.apply(y["body"], {}, embeds=by_rows(read))
         return adapt.apply(y, out.hidden, out.logits if soft else None, params, b)
 
@@ -198,8 +213,8 @@ def random_tokens(
     Raises:
       ValueError: a teacher without tokens, sizes that do not fit.
     """
-    vocabulary = _vocabulary(teacher)
-    _fits(teacher, rows, length)
+    vocabulary = adapters.vocabulary(teacher)
+    adapters.fits(teacher, rows, length)
     if not 0 <= first < vocabulary:
         raise ValueError(f"first must lie in 0..{vocabulary - 1}, got {first}")
 
@@ -208,7 +223,7 @@ def random_tokens(
         if ends is not None:
             ids = ids.at[:, 0].set(ends[0]).at[:, -1].set(ends[1])
         table = tree.get(params, TABLE)
-        return Synthetic(_ones(rows, length), table[ids])
+        return Synthetic(adapters.ones(rows, length), table[ids])
 
     return Generator(lambda key: {}, apply)
 
@@ -233,7 +248,7 @@ def pixels(
         raise ValueError(f"pixels needs a vision teacher, got {type(config).__name__}")
     side = config.image_size if size is None else size
     for name, value in (("rows", rows), ("noise_width", noise_width), ("hidden", hidden)):
-        _positive(value, name)
+        positive(value, name)
     if side < 1 or side % config.patch:
         raise ValueError(f"size must be a multiple of the patch {config.patch}, got {side}")
     shape = (side, side, config.channels)
@@ -242,14 +257,14 @@ def pixels(
         a, b = jax.random.split(key)
         out = math.prod(shape)
         return {
-            "in": {"kernel": _kernel(a, noise_width, hidden), "bias": jnp.zeros(hidden)},
-            "out": {"kernel": _kernel(b, hidden, out), "bias": jnp.zeros(out)},
+            "in": {"kernel": normal_kernel(a, noise_width, hidden), "bias": jnp.zeros(hidden)},
+            "out": {"kernel": normal_kernel(b, hidden, out), "bias": jnp.zeros(out)},
         }
 
     def apply(y: Params, params: Params, key: jax.Array) -> Synthetic:
         z = by_rows(jax.random.normal(key, (rows, noise_width), y["in"]["kernel"].dtype))
         x = jax.nn.gelu(z @ y["in"]["kernel"] + y["in"]["bias"])
-        x = _standard(x @ y["out"]["kernel"] + y["out"]["bias"])
+        x = adapters.standard(x @ y["out"]["kernel"] + y["out"]["bias"])
         return Synthetic({"pixel_values": x.reshape(rows, *shape)}, None)
 
     return Generator(init, apply)
@@ -287,7 +302,7 @@ def batches(
     Raises:
       ValueError: count < 1.
     """
-    _positive(count, "count")
+    positive(count, "count")
 
     @jax.jit
     def make(y: Params, params: Params, key: jax.Array) -> dict[str, Any]:
@@ -295,141 +310,3 @@ def batches(
         return dict(batch) if embeds is None else {**batch, "embeds": embeds}
 
     return [make(y, params, k) for k in jax.random.split(key, count)]
-
-
-# Adapters ------------------------------------------------------------------------------------
-
-
-class _Adapt(NamedTuple):
-    """init(key) -> {"adapter": ...} or {}; apply(y, h, logits, teacher's params, key)."""
-
-    init: Callable[[jax.Array], Params]
-    apply: Callable[[Params, jax.Array, jax.Array | None, Params, jax.Array], Synthetic]
-
-
-def _adapter(
-    teacher: Model,
-    adapter: Adapter | None,
-    width: int,
-    tau: float,
-    ends: tuple[int, int] | None,
-    rows: int,
-    length: int,
-    *,
-    own_logits: bool = False,
-) -> _Adapt:
-    if adapter not in ADAPTERS:
-        names = ", ".join(repr(a) for a in ADAPTERS)
-        raise ValueError(f"adapter must be one of {names}, got {adapter!r}")
-    if not (isinstance(tau, int | float) and 0 < tau < math.inf):
-        raise ValueError(f"tau must be a finite number > 0, got {tau!r}")
-    _fits(teacher, rows, length)
-    target = teacher.config.width
-    soft = adapter in ("soft_embed", "gumbel")
-    if adapter is None and width != target:
-        raise ValueError(
-            f"the generator is {width} wide and the teacher's embeddings {target}: choose an "
-            "adapter ('linear' or 'soft_embed'), or make them equal"
-        )
-    if soft or ends is not None:
-        _vocabulary(teacher)
-
-    def init(key: jax.Array) -> Params:
-        if adapter is None or own_logits:
-            return {}
-        if soft:
-            return {"adapter": {"kernel": _kernel(key, width, _vocabulary(teacher))}}
-        kernel = _kernel(key, width, target)
-        # What the gain is multiplied by is the teacher's own scale, so that 1 is in its domain.
-        gain = {"scale": jnp.ones(target), "bias": jnp.zeros(target)}
-        return {"adapter": {"kernel": kernel, "bias": jnp.zeros(target), "norm": gain}}
-
-    def apply(
-        y: Params, h: jax.Array, logits: jax.Array | None, params: Params, key: jax.Array
-    ) -> Synthetic:
-        own = y.get("adapter", {})
-        if soft:
-            table = tree.get(params, TABLE)
-            l = h @ own["kernel"] if logits is None else logits  # noqa: E741
-            l = l.astype(jnp.float32)  # noqa: E741
-            if adapter == "gumbel":
-                l = l - jnp.log(-jnp.log(uniform(key, l.shape)))  # noqa: E741
-            share = jax.nn.softmax(l / tau, axis=-1)
-            embeds = (share.astype(table.dtype).reshape(-1, share.shape[-1]) @ table).reshape(
-                *share.shape[:-1], -1
-            )
-            if adapter == "gumbel":
-                hard = table[jnp.argmax(l, axis=-1)]
-                embeds = hard + (embeds - jax.lax.stop_gradient(embeds))
-        elif adapter == "linear":
-            x = _standard(h @ own["kernel"] + own["bias"])
-            x = x * own["norm"]["scale"] + own["norm"]["bias"]
-            embeds = x * _scale(params).astype(x.dtype)
-        else:
-            embeds = h
-        if isinstance(teacher.config, VisionConfig):
-            return Synthetic({}, embeds)
-        if ends is not None:
-            table = tree.get(params, TABLE)
-            for place, token in zip((0, -1), ends, strict=True):
-                embeds = embeds.at[:, place].set(table[token].astype(embeds.dtype))
-        return Synthetic(_ones(rows, length), embeds)
-
-    return _Adapt(init, apply)
-
-
-def _fits(teacher: Model, rows: int, length: int) -> None:
-    _positive(rows, "rows")
-    _positive(length, "length")
-    config = teacher.config
-    if not isinstance(config, EncoderConfig | DecoderConfig | VisionConfig):
-        raise ValueError(
-            "a generator feeds encoders, decoders and vision models, got a teacher of "
-            f"{type(config).__name__}"
-        )
-    if isinstance(config, VisionConfig):
-        if math.isqrt(length) ** 2 != length:
-            raise ValueError(f"length must be a square number of patches, got {length}")
-    elif length > config.max_length:
-        raise ValueError(f"length must be <= {config.max_length}, the positions, got {length}")
-
-
-def _vocabulary(teacher: Model) -> int:
-    size = getattr(teacher.config, "vocab_size", None)
-    if size is None or TABLE not in tree.paths(teacher.abstract()):
-        raise ValueError(
-            f"the teacher has no word table at {TABLE!r}: use adapter='linear' and no ends"
-        )
-    return int(size)
-
-
-def _ones(rows: int, length: int) -> Batch:
-    return {"attention_mask": jnp.ones((rows, length), jnp.int32)}
-
-
-def _kernel(key: jax.Array, inputs: int, outputs: int) -> jax.Array:
-    return jax.random.normal(key, (inputs, outputs)) / math.sqrt(inputs)
-
-
-def _standard(x: jax.Array) -> jax.Array:
-    """Mean 0 and variance 1 over the last axis, in float32."""
-    wide = x.astype(jnp.float32)
-    wide = wide - wide.mean(-1, keepdims=True)
-    wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + EPSILON)
-    return wide.astype(x.dtype)
-
-
-def _scale(params: Params) -> jax.Array:
-    """Root mean square of the teacher's word embeddings; 1 for one without a table."""
-    flat = tree.flatten(params)
-    return _rms(flat[TABLE]) if TABLE in flat else jnp.float32(1)
-
-
-def _rms(table: jax.Array) -> jax.Array:
-    wide = jax.lax.stop_gradient(table.astype(jnp.float32))
-    return jnp.sqrt(jnp.square(wide).mean()).astype(table.dtype)
-
-
-def _positive(value: Any, name: str) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from steppe.models import tree
-from steppe.train.quantize import generator
+from steppe.models import masks, tree
+from steppe.train.quantize import adapters, generator
 
 small = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "small.py")))
 KEY = jax.random.key(3)
@@ -73,6 +73,70 @@ def test_gumbel_gives_rows_of_the_table_and_begins_and_ends_where_asked():
     gaps = jnp.abs(out.embeds[:, :, None] - TABLE).max(-1)
     assert float(gaps.min(-1).max()) < 1e-5
     np.testing.assert_array_equal(gaps.argmin(-1)[:, [0, -1]], [[1, 2]] * B)
+
+
+@pytest.mark.parametrize("body", ["noise", "decoder"])
+def test_all_candidates_are_the_whole_vocabulary(body):
+    """The pool of a text, V of V words, is the vocabulary in its order: nothing changes."""
+    vocab = TABLE.shape[0]
+
+    def build(adapter, candidates):
+        sizes = {"rows": B, "length": T, "adapter": adapter, "candidates": candidates}
+        if body == "noise":
+            return generator.noise(BERT.model, width=12, **sizes)
+        return generator.decoder(BERT.model, small.decoder(width=8), **sizes)
+
+    def loss(gen):
+        return jax.jit(jax.grad(lambda y: jnp.square(gen.apply(y, BERT.params, KEY).embeds).sum()))
+
+    for adapter in ("soft_embed", "gumbel"):
+        whole, pooled = build(adapter, 0), build(adapter, vocab)
+        y, out = made(whole)
+        np.testing.assert_allclose(made(pooled, y=y)[1].embeds, out.embeds, atol=1e-6)
+        one, other = loss(whole)(y), loss(pooled)(y)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), one, other)
+
+
+def test_every_text_chooses_from_its_own_candidates():
+    few = 3
+    gen = generator.noise(BERT.model, rows=B, length=16, adapter="gumbel", candidates=few)
+    y, out = made(gen)
+    ids = jnp.abs(out.embeds[:, :, None] - TABLE).max(-1).argmin(-1)
+    said = [set(np.asarray(row).tolist()) for row in ids]
+    assert all(len(words) <= few for words in said)
+    assert len(set.union(*said)) > few  # not the same ones in every text
+    other = jnp.abs(made(gen, y=y, key=jax.random.key(8))[1].embeds[:, :, None] - TABLE)
+    assert {*np.asarray(other.max(-1).argmin(-1)[0]).tolist()} != said[0]
+
+
+@pytest.mark.parametrize(("size", "count"), [(10, 4), (37, 36), (37, 37), (30522, 1)])
+def test_pools_hold_no_word_twice_and_leave_none_out(size, count):
+    ids = np.asarray(jax.jit(lambda k: adapters.pools(k, 4000, count, size))(KEY))
+    assert ids.min() >= 0
+    assert ids.max() < size
+    assert all(len(set(row.tolist())) == count for row in ids[:50])
+    if size < 100:
+        share = np.bincount(ids.ravel(), minlength=size) / len(ids)
+        assert share.min() > 0.9 / -(-size // count)
+
+
+def test_straight_through_gradients_are_those_of_the_softmax():
+    """Against softmax(noisy / tau) E differentiated by hand, in float64 numpy."""
+    tau, rng = 0.7, np.random.default_rng(0)
+    l, pull = rng.normal(size=(2, 3, 5)), rng.normal(size=(2, 3, 4))  # noqa: E741
+    table = rng.normal(size=(5, 4))
+
+    def embeds(l):  # noqa: E741
+        return adapters._drawn(l, jnp.float32(table), tau, KEY)
+
+    found, back = jax.vjp(embeds, jnp.float32(l))
+    noise = np.asarray(masks.uniform(KEY, l.shape), np.float64)
+    noisy = l - np.log(-np.log(noise))
+    np.testing.assert_allclose(found, table[noisy.argmax(-1)], atol=1e-6)
+    share = np.exp(noisy / tau) / np.exp(noisy / tau).sum(-1, keepdims=True)
+    along = pull @ table.T
+    expected = share * (along - (share * along).sum(-1, keepdims=True)) / tau
+    np.testing.assert_allclose(back(jnp.float32(pull))[0], expected, atol=1e-5)
 
 
 def test_linear_starts_at_the_teachers_scale():

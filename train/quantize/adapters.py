@@ -1,0 +1,286 @@
+"""Adapters: from a generator's output to what stands in place of a teacher's embeddings.
+
+  "linear"      LayerNorm(h W + b) * s, W in R^{d_G x d_M}; s starts at the scale of the teacher's
+                embeddings
+  "soft_embed"  softmax(l / tau) E with l in R^V the logits and E the teacher's embedding table:
+                inputs stay convex combinations of real tokens
+  "gumbel"      the token of the largest l + Gumbel noise, straight through: its row of E
+                forwards, the softmax of the noisy l / tau backwards
+  None          h itself, where d_G = d_M
+
+The last two choose among V words, and on a small teacher that costs more than the teacher. With
+``candidates=S`` every text has S words of its own to choose from, drawn anew each time: one from
+each of S equal stretches of the vocabulary, so that none comes twice and frequent and rare ones
+(a vocabulary's order) come in equal parts. It is S/V of the work, and a generator cannot say one
+word for ever.
+
+Zhu et al., EMNLP 2023 (arXiv 2310.13315): the adapter of the paper is not public, these are ours,
+``candidates`` too. Jang et al., ICLR 2017 for the Gumbel form.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from steppe.models import tree
+from steppe.models.decoder import DecoderConfig
+from steppe.models.encoder import EncoderConfig
+from steppe.models.layout import rows as by_rows
+from steppe.models.masks import uniform
+from steppe.models.model import Batch, Model
+from steppe.models.tree import Params
+from steppe.models.vision import VisionConfig
+
+Kind = Literal["linear", "soft_embed", "gumbel"]
+KINDS = ("linear", "soft_embed", "gumbel", None)
+TABLE = "embed/word/table"
+EPSILON = 1e-6
+
+
+class Synthetic(NamedTuple):
+    """Inputs of a model.
+
+    Attributes:
+      batch: what ``Model.apply`` takes as batch.
+      embeds: [B, T, D] in place of the look-up, or None.
+    """
+
+    batch: Batch
+    embeds: jax.Array | None
+
+
+class Adapter(NamedTuple):
+    """See the module.
+
+    Attributes:
+      init: ``(key) -> {"adapter": ...}``, or {} where nothing is learned.
+      apply: ``(y, h [B, T, d_G], logits [B, T, V] or None, teacher's parameters, key)``.
+    """
+
+    init: Callable[[jax.Array], Params]
+    apply: Callable[[Params, jax.Array, jax.Array | None, Params, jax.Array], Synthetic]
+
+
+def adapter(
+    teacher: Model,
+    kind: Kind | None,
+    width: int,
+    *,
+    rows: int,
+    length: int,
+    tau: float = 1.0,
+    ends: tuple[int, int] | None = None,
+    candidates: int = 0,
+    own_logits: bool = False,
+) -> Adapter:
+    """The adapter ``kind`` of a generator of ``width`` for ``teacher``.
+
+    Args:
+      rows, length: B and T.
+      tau: temperature of "soft_embed" and "gumbel".
+      ends: ids that stand first and last in every text.
+      candidates: of those two, words that a text chooses from; 0 = all.
+      own_logits: the generator has logits over the teacher's vocabulary itself.
+
+    Raises:
+      ValueError: an unknown kind, sizes that do not fit the teacher, tau <= 0, candidates outside
+        0..V or of an adapter that does not choose words.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"adapter must be one of {', '.join(map(repr, KINDS))}, got {kind!r}")
+    if not (isinstance(tau, int | float) and 0 < tau < math.inf):
+        raise ValueError(f"tau must be a finite number > 0, got {tau!r}")
+    fits(teacher, rows, length)
+    target = teacher.config.width
+    words = kind in ("soft_embed", "gumbel")
+    if kind is None and width != target:
+        raise ValueError(
+            f"the generator is {width} wide and the teacher's embeddings {target}: choose an "
+            "adapter ('linear' or 'soft_embed'), or make them equal"
+        )
+    if words or ends is not None:
+        vocabulary(teacher)
+    _candidates(candidates, words, teacher)
+
+    def init(key: jax.Array) -> Params:
+        if kind is None or own_logits:
+            return {}
+        if words:
+            return {"adapter": {"kernel": normal_kernel(key, width, vocabulary(teacher))}}
+        # What the gain is multiplied by is the teacher's own scale, so that 1 is in its domain.
+        gain = {"scale": jnp.ones(target), "bias": jnp.zeros(target)}
+        kernel = normal_kernel(key, width, target)
+        return {"adapter": {"kernel": kernel, "bias": jnp.zeros(target), "norm": gain}}
+
+    def apply(
+        y: Params, h: jax.Array, logits: jax.Array | None, params: Params, key: jax.Array
+    ) -> Synthetic:
+        own = y.get("adapter", {})
+        if words:
+            kernel = own.get("kernel") if logits is None else None
+            l, table = _choices(h, kernel, logits, tree.get(params, TABLE), candidates, key)  # noqa: E741
+            embeds = _mixed(l / tau, table) if kind == "soft_embed" else _drawn(l, table, tau, key)
+        elif kind == "linear":
+            x = standard(h @ own["kernel"] + own["bias"])
+            x = x * own["norm"]["scale"] + own["norm"]["bias"]
+            embeds = x * _scale(params).astype(x.dtype)
+        else:
+            embeds = h
+        if isinstance(teacher.config, VisionConfig):
+            return Synthetic({}, embeds)
+        if ends is not None:
+            rows_of = tree.get(params, TABLE)
+            for place, token in zip((0, -1), ends, strict=True):
+                embeds = embeds.at[:, place].set(rows_of[token].astype(embeds.dtype))
+        return Synthetic(ones(rows, length), embeds)
+
+    return Adapter(init, apply)
+
+
+# Words ---------------------------------------------------------------------------------------
+
+
+def pools(key: jax.Array, rows: int, count: int, size: int) -> Array:
+    """[rows, count] ids of 0..size-1, one from each of ``count`` stretches, so that none of a row
+    is there twice and each is there with a probability of about count / size."""
+    edges = [number * size // count for number in range(count + 1)]
+    low, high = jnp.array(edges[:-1]), jnp.array(edges[1:])
+    return jax.random.randint(key, (rows, count), low, high)
+
+
+def _choices(
+    h: jax.Array,
+    kernel: jax.Array | None,
+    logits: jax.Array | None,
+    table: jax.Array,
+    candidates: int,
+    key: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Logits [B, T, S], float32, and the rows [V, D] or [B, S, D] that they choose from."""
+    if not candidates:
+        l = h @ kernel if logits is None else logits  # noqa: E741
+        return l.astype(jnp.float32), table
+    ids = by_rows(pools(jax.random.fold_in(key, 1), h.shape[0], candidates, table.shape[0]))
+    if logits is None:
+        assert kernel is not None
+        l = jnp.einsum("btd,bsd->bts", h, kernel.T[ids])  # noqa: E741
+    else:
+        l = jnp.take_along_axis(logits, ids[:, None], axis=-1)  # noqa: E741
+    return l.astype(jnp.float32), table[ids]
+
+
+def _mixed(l: jax.Array, table: jax.Array) -> jax.Array:  # noqa: E741
+    """softmax(l) E."""
+    share = jax.nn.softmax(l, axis=-1).astype(table.dtype)
+    return jnp.einsum("bts,sd->btd" if table.ndim == 2 else "bts,bsd->btd", share, table)
+
+
+def _drawn(l: jax.Array, table: jax.Array, tau: float, key: jax.Array) -> jax.Array:  # noqa: E741
+    """The row of the largest noisy logit; the gradient is that of the softmax, of l alone."""
+    # A constant: else the gradient of a mixture would be made for rows that nobody trains.
+    table = jax.lax.stop_gradient(table)
+    noisy = l - jnp.log(-jnp.log(uniform(key, l.shape)))
+
+    @jax.custom_vjp
+    def straight(noisy: jax.Array, table: jax.Array) -> jax.Array:
+        best = jnp.argmax(noisy, axis=-1)
+        if table.ndim == 2:
+            return table[best]
+        return jnp.take_along_axis(table, best[..., None], axis=1)
+
+    def forward(noisy: jax.Array, table: jax.Array) -> tuple[jax.Array, Any]:
+        return straight(noisy, table), (noisy, table)
+
+    def backward(kept: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+        noisy, table = kept
+        _, pull = jax.vjp(lambda l: _mixed(l / tau, table), noisy)  # noqa: E741
+        return pull(g)[0], jnp.zeros_like(table)
+
+    straight.defvjp(forward, backward)
+    return straight(noisy, table)
+
+
+# Checks and small things ---------------------------------------------------------------------
+
+
+def fits(teacher: Model, rows: int, length: int) -> None:
+    """Raises ValueError where a teacher cannot read ``rows`` texts of ``length``."""
+    positive(rows, "rows")
+    positive(length, "length")
+    config = teacher.config
+    if not isinstance(config, EncoderConfig | DecoderConfig | VisionConfig):
+        raise ValueError(
+            "a generator feeds encoders, decoders and vision models, got a teacher of "
+            f"{type(config).__name__}"
+        )
+    if isinstance(config, VisionConfig):
+        if math.isqrt(length) ** 2 != length:
+            raise ValueError(f"length must be a square number of patches, got {length}")
+    elif length > config.max_length:
+        raise ValueError(f"length must be <= {config.max_length}, the positions, got {length}")
+
+
+def vocabulary(teacher: Model) -> int:
+    """V; raises ValueError for a teacher without a word table."""
+    size = getattr(teacher.config, "vocab_size", None)
+    if size is None or TABLE not in tree.paths(teacher.abstract()):
+        raise ValueError(
+            f"the teacher has no word table at {TABLE!r}: use adapter='linear' and no ends"
+        )
+    return int(size)
+
+
+def _candidates(count: Any, words: bool, teacher: Model) -> None:
+    if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+        raise ValueError(f"candidates must be a whole number >= 0, got {count!r}")
+    if count and not words:
+        raise ValueError(
+            f"candidates are of the adapters 'soft_embed' and 'gumbel', which choose words: leave "
+            f"it at 0, got {count}"
+        )
+    if count and count > vocabulary(teacher):
+        raise ValueError(
+            f"candidates must be <= {vocabulary(teacher)}, the teacher's words, got {count}"
+        )
+
+
+def ones(rows: int, length: int) -> Batch:
+    """A batch in which every position is visible."""
+    return {"attention_mask": jnp.ones((rows, length), jnp.int32)}
+
+
+def normal_kernel(key: jax.Array, inputs: int, outputs: int) -> jax.Array:
+    """[inputs, outputs], normal of variance 1 / inputs."""
+    return jax.random.normal(key, (inputs, outputs)) / math.sqrt(inputs)
+
+
+def standard(x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
+    """Mean 0 and variance 1 over the last axis, in float32."""
+    wide = x.astype(jnp.float32)
+    wide = wide - wide.mean(-1, keepdims=True)
+    wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + EPSILON)
+    return wide.astype(x.dtype)
+
+
+def rms(table: jax.Array) -> jax.Array:
+    """Root mean square, a constant."""
+    wide = jax.lax.stop_gradient(table.astype(jnp.float32))
+    return jnp.sqrt(jnp.square(wide).mean()).astype(table.dtype)
+
+
+def positive(value: Any, name: str) -> None:
+    """Raises ValueError for what is no whole number >= 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+
+
+def _scale(params: Params) -> jax.Array:
+    """Of the teacher's word embeddings; 1 for one without a table."""
+    flat = tree.flatten(params)
+    return rms(flat[TABLE]) if TABLE in flat else jnp.float32(1)
