@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from steppe.launch.bench import environment, finetune, harness
 from steppe.launch.bench.harness import Protocol
@@ -26,13 +26,36 @@ from steppe.launch.bench.worker import Worker, interleave
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from steppe.train.quantize.adapters import Kind
+
 KD = "kd"
-# name -> (rho or None for a frozen generator, K_x)
-GAMES: dict[str, tuple[float | None, int]] = {
-    "random inputs, K=1": (None, 1),
-    "SGD-SGA, K=1": (0.0, 1),
-    "SAM-SGA, K=1": (0.05, 1),
-    "SAM-SGA, K=5": (0.05, 5),
+
+
+class Played(NamedTuple):
+    """A game that is measured.
+
+    Attributes:
+      rho: of the student's perturbation; None = random words, and nothing to learn.
+      k: steps of the student for one of the generator.
+      adapter, candidates: of the generator, see ``train.quantize.adapters``.
+    """
+
+    rho: float | None
+    k: int
+    adapter: Kind = "soft_embed"
+    candidates: int = 0
+
+
+SOME = 1024
+GAMES = {
+    "random inputs, K=1": Played(None, 1),
+    "SGD-SGA, K=1": Played(0.0, 1),
+    "SAM-SGA, K=1": Played(0.05, 1),
+    "SAM-SGA, K=1, gumbel": Played(0.05, 1, "gumbel"),
+    "SAM-SGA, K=1, gumbel of 1,024 words": Played(0.05, 1, "gumbel", SOME),
+    "SAM-SGA, K=1, 1,024 words": Played(0.05, 1, "soft_embed", SOME),
+    "SAM-SGA, K=1, linear": Played(0.05, 1, "linear"),
+    "SAM-SGA, K=5": Played(0.05, 5),
 }
 GOAL = 3.2
 FLOAT = "float"
@@ -115,7 +138,7 @@ class Side:
         self._rules = {scheme: _rules(scheme) for scheme in bits}
         self._programs: dict[str, Callable[[], Any]] = {KD: self._kd(bits[0])}
         for name in games:
-            self._programs[name] = self._game(bits[0], *GAMES[name])
+            self._programs[name] = self._game(bits[0], GAMES[name])
         self._differences: dict[str, float] = {}
         self._passes(bits)
 
@@ -160,7 +183,7 @@ class Side:
         train = step.make(distill.kd(student, distill.Teacher(model)), tx)
         return _stepping(train, state, self._batch)
 
-    def _game(self, bits: str, rho: float | None, k: int) -> Callable[[], Any]:
+    def _game(self, bits: str, played: Played) -> Callable[[], Any]:
         import jax
 
         from steppe.models import quantized
@@ -172,10 +195,16 @@ class Side:
         student = quantized.wrap(model, self._rules[bits])
         made = (
             generator.random_tokens(model, rows=rows, length=length)
-            if rho is None
-            else generator.noise(model, rows=rows, length=length)
+            if played.rho is None
+            else generator.noise(
+                model,
+                rows=rows,
+                length=length,
+                adapter=played.adapter,
+                candidates=min(played.candidates, model.config.vocab_size),
+            )
         )
-        opt = zsaq.players(rho or 0.0, k, freeze_generator=rho is None)
+        opt = zsaq.players(played.rho or 0.0, played.k, freeze_generator=played.rho is None)
         own = quantized.with_entries(student, params)
         key = jax.random.key(self._seed)
         state = zsaq.init(key, student, Teacher(model, params), made, opt, params=own)
@@ -265,7 +294,7 @@ def run(config: QuantizeBench, say: Callable[[str], None] = print) -> dict[str, 
                 **_row(seconds, steps[KD]),
                 # Of one step of the student, where an iteration has several.
                 "a_student_step": harness.ratio(
-                    [s / GAMES.get(name, (0, 1))[1] for s in seconds], steps[KD]
+                    [s / (GAMES[name].k if name in GAMES else 1) for s in seconds], steps[KD]
                 )._asdict(),
             }
             for name, seconds in steps.items()

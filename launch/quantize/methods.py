@@ -66,7 +66,8 @@ def check(opened: Opened, config: QuantizeConfig) -> None:
     """Refuses methods that have nothing to learn from in this model or its data.
 
     Raises:
-      ValueError: naming the method, and what goes; parameters that are no numbers.
+      ValueError: naming the method, and what goes; parameters that are no numbers; a generator
+        that does not fit the model.
     """
     path = opening.not_finite(opened.params)
     if path is not None:
@@ -320,8 +321,9 @@ def describe(config: QuantizeConfig, method: str) -> dict[str, Any]:
     if method in LEARNS:
         names += ["k_min", "steps", "student_lr", "batch_size"]
     if method in GAMES:
-        names += ["generator_lr", "divergence", "inter_layer", "act_bonus", "info_bonus"]
-        names += ["adapter", "candidates", "length"]
+        names += ["divergence", "inter_layer", "length"]
+    if method in GAMES and method != "random":
+        names += ["generator_lr", "act_bonus", "info_bonus", "adapter", "candidates"]
     if method == "zsaq":
         names.append("rho")
     known = dataclasses.asdict(config)

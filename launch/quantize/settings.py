@@ -56,8 +56,8 @@ class QuantizeConfig:
       info_bonus: games with a generator, classifiers: weight of the bonus for inputs that the
         float model tells apart.
       adapter: games: what maps the generator to embeddings: soft_embed, gumbel or linear.
-      candidates: games, soft_embed and gumbel: words that a made text may choose from, others each
-        time; 0 = the whole vocabulary.
+      candidates: zsaq and sgd-sga with soft_embed or gumbel: words that a made text may choose
+        from, others each time; 0 = the whole vocabulary.
       length: games, noise: tokens of a made text.
       batch_size: games, calibration: rows at once.
       seeds: of generator, noise and the order of the data, for what learns.
@@ -129,6 +129,11 @@ class QuantizeConfig:
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be >= 0 and finite, got {value}")
+        if self.candidates and self.adapter == "linear":
+            raise ValueError(
+                f"candidates must be 0 with adapter='linear', which chooses no words, got "
+                f"{self.candidates}"
+            )
         if min(self.seeds) < 0:
             raise ValueError(f"seeds must be >= 0, got {min(self.seeds)}")
 

@@ -119,32 +119,34 @@ def test_steps_made_on_a_mesh_are_split_like_their_kernels():
 OPT = zsaq.players(0.05, 2, student_lr=1e-3, generator_lr=1e-3)
 
 
+WORDS = {"adapter": "gumbel", "candidates": 5}
+
+
 @functools.cache
-def players():
+def players(words=False):
     own = teacher()
-    return (
-        quantized.wrap(own.model, W4A8),
-        generator.noise(own.model, rows=8, length=6, width=8, hidden=16),
-    )
+    sizes = {"rows": 8, "length": 6, "width": 8, "hidden": 16, **(WORDS if words else {})}
+    return quantized.wrap(own.model, W4A8), generator.noise(own.model, **sizes)
 
 
 @functools.cache
-def runner(on_mesh, compute_dtype=None):
+def runner(on_mesh, compute_dtype=None, words=False):
     """(step, plan); each is compiled once for all tests."""
-    own, (student, gen) = teacher(), players()
+    own, (student, gen) = teacher(), players(words)
     plan = mesh.plan(MESH, zsaq.rules(student, own.model, gen)) if on_mesh else None
     options = {"judge_every": 2, "compute_dtype": compute_dtype}
     return zsaq.make_zsaq_step(student, own.model, gen, OPT, plan, **options), plan
 
 
-def fresh(on_mesh, seed=0):
-    own, (student, gen) = teacher(), players()
-    return zsaq.init(jax.random.key(seed), student, own, gen, OPT, runner(on_mesh)[1])
+def fresh(on_mesh, seed=0, words=False):
+    own, (student, gen) = teacher(), players(words)
+    plan = runner(on_mesh, words=words)[1]
+    return zsaq.init(jax.random.key(seed), student, own, gen, OPT, plan)
 
 
-def play(on_mesh=False, steps=3, state=None, compute_dtype=None):
-    run, _ = runner(on_mesh, compute_dtype)
-    state = fresh(on_mesh) if state is None else state
+def play(on_mesh=False, steps=3, state=None, compute_dtype=None, words=False):
+    run, _ = runner(on_mesh, compute_dtype, words=words)
+    state = fresh(on_mesh, words=words) if state is None else state
     losses = []
     for _ in range(steps):
         state, metrics = run(state, {})
@@ -171,6 +173,17 @@ def test_the_game_on_eight_devices():
         leaf.sharding.spec in (P(None, "fsdp", "model"), P(None, "model", "fsdp"))
         for leaf in moments
     )
+
+
+def test_a_generator_that_chooses_words_on_eight_devices_and_in_bf16():
+    _, losses = play(words=True)
+    sharded, others = play(on_mesh=True, words=True)
+    np.testing.assert_allclose(losses, others, rtol=0.02)
+    before, after = (s.params["generator"]["adapter"] for s in (fresh(True, words=True), sharded))
+    assert small.largest(before, after) > 0
+    narrow, rounded = play(compute_dtype="bfloat16", words=True)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(narrow.params))
+    assert all(0.2 < a / b < 5 for a, b in zip(rounded, losses, strict=True))
 
 
 def test_the_game_in_bf16_keeps_its_players_in_float32():

@@ -9,16 +9,18 @@ from steppe.launch.bench.shapes import TINY
 
 from .test_bench_sharpness import SHORT, printed
 
+GAMES = ("SAM-SGA, K=1, gumbel of 1,024 words", "SAM-SGA, K=5")
+
 
 @pytest.mark.long
 def test_steps_and_passes_are_measured(tmp_path):
     config = quantize.QuantizeBench(
-        shapes=TINY, games=("SAM-SGA, K=5",), bits=("w4a8",), batch=2, length=8, threads=1,
+        shapes=TINY, games=GAMES, bits=("w4a8",), batch=2, length=8, threads=1,
         protocol=SHORT, out=tmp_path / "r.json",
     )  # fmt: skip
     result = quantize.run(config, lambda _: None)
     assert json.loads((tmp_path / "r.json").read_text())["steps"].keys() == result["steps"].keys()
-    assert list(result["steps"]) == [quantize.KD, "SAM-SGA, K=5"]
+    assert list(result["steps"]) == [quantize.KD, *GAMES]
     assert result["steps"][quantize.KD]["ratio"]["median"] == 1
     five = result["steps"]["SAM-SGA, K=5"]
     assert five["a_student_step"]["median"] == pytest.approx(five["ratio"]["median"] / 5)

@@ -10,9 +10,10 @@
 
 The last two choose among V words, and on a small teacher that costs more than the teacher. With
 ``candidates=S`` every text has S words of its own to choose from, drawn anew each time: one from
-each of S equal stretches of the vocabulary, so that none comes twice and frequent and rare ones
-(a vocabulary's order) come in equal parts. It is S/V of the work, and a generator cannot say one
-word for ever.
+each of S stretches of the vocabulary, as nearly equal as can be, so that none comes twice and
+frequent and rare ones (a vocabulary's order) come in equal parts. It is S/V of that work (a
+language model's own logits are still made for all V), and a generator cannot say one word for
+ever. To "gumbel" the table is a constant.
 
 Zhu et al., EMNLP 2023 (arXiv 2310.13315): the adapter of the paper is not public, these are ours,
 ``candidates`` too. Jang et al., ICLR 2017 for the Gumbel form.
@@ -26,6 +27,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from steppe.models import tree
@@ -85,12 +87,12 @@ def adapter(
       rows, length: B and T.
       tau: temperature of "soft_embed" and "gumbel".
       ends: ids that stand first and last in every text.
-      candidates: of those two, words that a text chooses from; 0 = all.
+      candidates: of those two, words that a text chooses from, at least 2; 0 = all.
       own_logits: the generator has logits over the teacher's vocabulary itself.
 
     Raises:
-      ValueError: an unknown kind, sizes that do not fit the teacher, tau <= 0, candidates outside
-        0..V or of an adapter that does not choose words.
+      ValueError: an unknown kind, sizes that do not fit the teacher, tau <= 0, candidates that are
+        neither 0 nor in 2..V, or of an adapter that does not choose words.
     """
     if kind not in KINDS:
         raise ValueError(f"adapter must be one of {', '.join(map(repr, KINDS))}, got {kind!r}")
@@ -124,8 +126,8 @@ def adapter(
         own = y.get("adapter", {})
         if words:
             kernel = own.get("kernel") if logits is None else None
-            l, table = _choices(h, kernel, logits, tree.get(params, TABLE), candidates, key)  # noqa: E741
-            embeds = _mixed(l / tau, table) if kind == "soft_embed" else _drawn(l, table, tau, key)
+            z, table = _choices(h, kernel, logits, tree.get(params, TABLE), candidates, key)
+            embeds = _mixed(z / tau, table) if kind == "soft_embed" else _drawn(z, table, tau, key)
         elif kind == "linear":
             x = standard(h @ own["kernel"] + own["bias"])
             x = x * own["norm"]["scale"] + own["norm"]["bias"]
@@ -147,11 +149,13 @@ def adapter(
 
 
 def pools(key: jax.Array, rows: int, count: int, size: int) -> Array:
-    """[rows, count] ids of 0..size-1, one from each of ``count`` stretches, so that none of a row
-    is there twice and each is there with a probability of about count / size."""
-    edges = [number * size // count for number in range(count + 1)]
-    low, high = jnp.array(edges[:-1]), jnp.array(edges[1:])
-    return jax.random.randint(key, (rows, count), low, high)
+    """[rows, count] ids of 0..size-1, drawn from ``count`` <= ``size`` stretches, one from each.
+
+    None is there twice in a row; each is with a probability of one over its stretch's length,
+    which is size / count rounded down or up.
+    """
+    edges = np.arange(count + 1) * size // count
+    return jax.random.randint(key, (rows, count), edges[:-1], edges[1:])
 
 
 def _choices(
@@ -162,48 +166,51 @@ def _choices(
     candidates: int,
     key: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Logits [B, T, S], float32, and the rows [V, D] or [B, S, D] that they choose from."""
-    if not candidates:
-        l = h @ kernel if logits is None else logits  # noqa: E741
-        return l.astype(jnp.float32), table
-    ids = by_rows(pools(jax.random.fold_in(key, 1), h.shape[0], candidates, table.shape[0]))
+    """Logits [B, T, S], float32, and the rows [V, D] or [B, S, D] that they choose from.
+
+    The logits are ``h @ kernel`` where they are not given.
+    """
+    ids = None
+    if candidates:
+        ids = by_rows(pools(jax.random.fold_in(key, 1), h.shape[0], candidates, table.shape[0]))
+        table = table[ids]
     if logits is None:
         assert kernel is not None
-        l = jnp.einsum("btd,bsd->bts", h, kernel.T[ids])  # noqa: E741
-    else:
-        l = jnp.take_along_axis(logits, ids[:, None], axis=-1)  # noqa: E741
-    return l.astype(jnp.float32), table[ids]
+        if ids is None:
+            logits = h @ kernel
+        else:
+            logits = jnp.einsum("btd,dbs->bts", h, jnp.take(kernel, ids, axis=1))
+    elif ids is not None:
+        logits = jnp.take_along_axis(logits, ids[:, None], axis=-1)
+    return logits.astype(jnp.float32), table
 
 
-def _mixed(l: jax.Array, table: jax.Array) -> jax.Array:  # noqa: E741
-    """softmax(l) E."""
-    share = jax.nn.softmax(l, axis=-1).astype(table.dtype)
+def _mixed(z: jax.Array, table: jax.Array) -> jax.Array:
+    """softmax(z) E."""
+    share = jax.nn.softmax(z, axis=-1).astype(table.dtype)
     return jnp.einsum("bts,sd->btd" if table.ndim == 2 else "bts,bsd->btd", share, table)
 
 
-def _drawn(l: jax.Array, table: jax.Array, tau: float, key: jax.Array) -> jax.Array:  # noqa: E741
-    """The row of the largest noisy logit; the gradient is that of the softmax, of l alone."""
+def _drawn(z: jax.Array, table: jax.Array, tau: float, key: jax.Array) -> jax.Array:
+    """The row of the largest noisy logit; the gradient is that of the softmax, of z alone."""
     # A constant: else the gradient of a mixture would be made for rows that nobody trains.
     table = jax.lax.stop_gradient(table)
-    noisy = l - jnp.log(-jnp.log(uniform(key, l.shape)))
+    noisy = z - jnp.log(-jnp.log(uniform(key, z.shape)))
 
-    @jax.custom_vjp
-    def straight(noisy: jax.Array, table: jax.Array) -> jax.Array:
+    @jax.custom_jvp
+    def straight(noisy: jax.Array) -> jax.Array:
         best = jnp.argmax(noisy, axis=-1)
         if table.ndim == 2:
             return table[best]
         return jnp.take_along_axis(table, best[..., None], axis=1)
 
-    def forward(noisy: jax.Array, table: jax.Array) -> tuple[jax.Array, Any]:
-        return straight(noisy, table), (noisy, table)
+    @straight.defjvp
+    def along(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+        # The mixture itself is not used, so that a compiled program does not make it.
+        _, tangent = jax.jvp(lambda z: _mixed(z / tau, table), primals, tangents)
+        return straight(*primals), tangent
 
-    def backward(kept: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
-        noisy, table = kept
-        _, pull = jax.vjp(lambda l: _mixed(l / tau, table), noisy)  # noqa: E741
-        return pull(g)[0], jnp.zeros_like(table)
-
-    straight.defvjp(forward, backward)
-    return straight(noisy, table)
+    return straight(noisy)
 
 
 # Checks and small things ---------------------------------------------------------------------
@@ -241,12 +248,13 @@ def _candidates(count: Any, words: bool, teacher: Model) -> None:
         raise ValueError(f"candidates must be a whole number >= 0, got {count!r}")
     if count and not words:
         raise ValueError(
-            f"candidates are of the adapters 'soft_embed' and 'gumbel', which choose words: leave "
-            f"it at 0, got {count}"
+            "candidates must be 0 where the adapter chooses no words, as 'soft_embed' and "
+            f"'gumbel' do, got {count}"
         )
-    if count and count > vocabulary(teacher):
+    if count and not 2 <= count <= vocabulary(teacher):
         raise ValueError(
-            f"candidates must be <= {vocabulary(teacher)}, the teacher's words, got {count}"
+            f"candidates must be 0, or from 2 to the {vocabulary(teacher)} words of the model's "
+            f"vocabulary, got {count}"
         )
 
 

@@ -94,7 +94,7 @@ def noise(
 
     Raises:
       ValueError: a size below 1, tau <= 0, an unknown adapter, one that the teacher cannot take,
-        a width that does not fit without one, candidates outside 0..V or of another adapter.
+        a width that does not fit without one, or candidates that do not.
     """
     for name, value in (("width", width), ("noise_width", noise_width), ("hidden", hidden)):
         positive(value, name)

@@ -109,7 +109,7 @@ def test_every_text_chooses_from_its_own_candidates():
     assert {*np.asarray(other.max(-1).argmin(-1)[0]).tolist()} != said[0]
 
 
-@pytest.mark.parametrize(("size", "count"), [(10, 4), (37, 36), (37, 37), (30522, 1)])
+@pytest.mark.parametrize(("size", "count"), [(10, 4), (37, 36), (37, 37), (30522, 2)])
 def test_pools_hold_no_word_twice_and_leave_none_out(size, count):
     ids = np.asarray(jax.jit(lambda k: adapters.pools(k, 4000, count, size))(KEY))
     assert ids.min() >= 0
@@ -137,6 +137,9 @@ def test_straight_through_gradients_are_those_of_the_softmax():
     along = pull @ table.T
     expected = share * (along - (share * along).sum(-1, keepdims=True)) / tau
     np.testing.assert_allclose(back(jnp.float32(pull))[0], expected, atol=1e-5)
+    step = rng.normal(size=l.shape)
+    _, ahead = jax.jvp(embeds, (jnp.float32(l),), (jnp.float32(step),))
+    np.testing.assert_allclose((ahead * pull).sum(), (expected * step).sum(), rtol=1e-5)
 
 
 def test_linear_starts_at_the_teachers_scale():
@@ -205,6 +208,15 @@ def test_bad_input():
         generator.decoder(BERT.model, small.decoder(vocab=30), **sizes, adapter="soft_embed")
     with pytest.raises(ValueError, match="reads must be 'tokens' or 'normal'"):
         generator.decoder(BERT.model, small.decoder(), **sizes, reads="ids")
+    for count, said in ((-1, "whole number >= 0, got -1"), (True, "got True"), (2.0, "got 2.0")):
+        with pytest.raises(ValueError, match=f"candidates must be a.*{said}"):
+            generator.noise(BERT.model, **sizes, candidates=count)
+    for count in (1, 25):
+        with pytest.raises(ValueError, match=f"0, or from 2 to the 24 words .* got {count}"):
+            generator.noise(BERT.model, **sizes, candidates=count)
+    for kind in ("linear", None):
+        with pytest.raises(ValueError, match="candidates must be 0 where the adapter chooses no"):
+            generator.noise(BERT.model, **sizes, adapter=kind, width=16, candidates=4)
     vit = small.vision()
     with pytest.raises(ValueError, match="has no word table.*use adapter='linear'"):
         generator.noise(vit, rows=B, length=4)
