@@ -318,10 +318,11 @@ def describe(config: QuantizeConfig, method: str) -> dict[str, Any]:
     names = ["activations", "fit", "embed", "head"]
     if method in (*GRAMS, *MAGNITUDES) or config.activations == "static":
         names += ["calibration", "examples"]
+        names += ["length", "images"] if config.calibration == "noise" else []
     if method in LEARNS:
         names += ["k_min", "steps", "student_lr", "batch_size"]
     if method in GAMES:
-        names += ["divergence", "inter_layer", "length"]
+        names += ["divergence", "inter_layer", "length", "images"]
     if method in GAMES and method != "random":
         names += ["generator_lr", "act_bonus", "info_bonus", "adapter", "candidates"]
     if method == "zsaq":

@@ -136,7 +136,9 @@ def calibration(opened: Opened, config: QuantizeConfig, seed: int) -> tuple[Mode
 
 
 def noise(opened: Opened, config: QuantizeConfig, rows: int) -> generator.Generator:
-    """Inputs that nobody learns: random tokens, or images of an untrained network."""
+    """Inputs that nobody learns: random tokens; dead leaves, or images of an untrained network."""
+    if opened.vision and config.images == "leaves":
+        return generator.leaves(opened.model, rows=rows, size=_side(opened))
     if opened.vision:
         return generator.pixels(opened.model, rows=rows, size=_side(opened))
     return generator.random_tokens(
@@ -156,7 +158,12 @@ def learned(opened: Opened, config: QuantizeConfig) -> generator.Generator:
             "at 0"
         )
     if opened.vision:
-        return generator.pixels(opened.model, rows=config.batch_size, size=_side(opened))
+        return generator.pixels(
+            opened.model,
+            rows=config.batch_size,
+            size=_side(opened),
+            scenes=config.images == "leaves",
+        )
     return generator.noise(
         opened.model,
         rows=config.batch_size,

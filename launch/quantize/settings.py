@@ -58,6 +58,8 @@ class QuantizeConfig:
       adapter: games: what maps the generator to embeddings: soft_embed, gumbel or linear.
       candidates: zsaq and sgd-sga with soft_embed or gumbel: words that a made text may choose
         from, others each time; 0 = the whole vocabulary.
+      images: games, noise, of vision models: what images are drawn from, dead leaves (regions of
+        texture with the statistics of photographs; a generator adds to them) or normal noise.
       length: games, noise: tokens of a made text.
       batch_size: games, calibration: rows at once.
       seeds: of generator, noise and the order of the data, for what learns.
@@ -88,6 +90,7 @@ class QuantizeConfig:
     info_bonus: float = 0.0
     adapter: Literal["soft_embed", "gumbel", "linear"] = "soft_embed"
     candidates: int = 0
+    images: Literal["leaves", "noise"] = "leaves"
     length: int = 32
     batch_size: int = 16
     seeds: tuple[int, ...] = (0,)

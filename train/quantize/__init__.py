@@ -1,7 +1,7 @@
 """Quantization: what gives a float model integers that answer like it, with data or without.
 
 zsaq, game, generator,   sharpness-aware zero-shot quantization: student against generator, whose
-adapters                 outputs become the teacher's inputs
+adapters, scenes         outputs become the teacher's inputs; images drawn without data
 calibrate                ranges, magnitudes and Gram matrices of the inputs of layers
 baselines, gptq          rounding to nearest, second-order rounding, scaled inputs, QAT
 

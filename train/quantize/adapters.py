@@ -234,7 +234,11 @@ def fits(teacher: Model, rows: int, length: int) -> None:
 
 
 def vocabulary(teacher: Model) -> int:
-    """V; raises ValueError for a teacher without a word table."""
+    """V.
+
+    Raises:
+      ValueError: a teacher without a word table.
+    """
     size = getattr(teacher.config, "vocab_size", None)
     if size is None or TABLE not in tree.paths(teacher.abstract()):
         raise ValueError(

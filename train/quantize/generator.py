@@ -6,7 +6,8 @@
              ``adapters``
 
 A vision teacher is fed with patch embeddings (the adapter "linear"), or with whole images by
-:func:`pixels`. The teacher adds its positions itself; the attention mask is all ones.
+:func:`pixels` and :func:`leaves`. The teacher adds its positions itself; the attention mask is all
+ones.
 
 A generator is two functions: ``init(key) -> y`` and ``apply(y, teacher's parameters, key) ->
 Synthetic``. Everything random comes from the key.
@@ -34,6 +35,7 @@ from steppe.models.tree import Params
 from steppe.models.vision import VisionConfig
 from steppe.train.quantize import adapters
 from steppe.train.quantize.adapters import TABLE, Kind, Synthetic, normal_kernel, positive
+from steppe.train.quantize.scenes import dead_leaves
 
 __all__ = [
     "Generator",
@@ -42,6 +44,7 @@ __all__ = [
     "decoder",
     "feeding",
     "information",
+    "leaves",
     "noise",
     "pixels",
     "random_tokens",
@@ -235,39 +238,73 @@ def pixels(
     size: int | None = None,
     noise_width: int = 64,
     hidden: int = 256,
+    scenes: bool = False,
 ) -> Generator:
     """Images for a vision teacher from a network of two layers on normal noise.
 
     Every image has mean 0 and variance 1, as normalised ones have on average.
 
+    Args:
+      teacher, rows: B images for it.
+      size: side in pixels; None = the teacher's.
+      noise_width, hidden: of the noise, and of the hidden layer.
+      scenes: what the network says is added to dead leaves (see ``scenes``) drawn anew each time,
+        a tenth of their contrast at first: the game begins among inputs that the teacher tells
+        apart.
+
     Raises:
       ValueError: a teacher that sees no images, or a size that is no multiple of its patch.
     """
-    config = teacher.config
-    if not isinstance(config, VisionConfig):
-        raise ValueError(f"pixels needs a vision teacher, got {type(config).__name__}")
-    side = config.image_size if size is None else size
-    for name, value in (("rows", rows), ("noise_width", noise_width), ("hidden", hidden)):
+    for name, value in (("noise_width", noise_width), ("hidden", hidden)):
         positive(value, name)
-    if side < 1 or side % config.patch:
-        raise ValueError(f"size must be a multiple of the patch {config.patch}, got {side}")
-    shape = (side, side, config.channels)
+    shape = _images(teacher, rows, size)
 
     def init(key: jax.Array) -> Params:
         a, b = jax.random.split(key)
-        out = math.prod(shape)
+        out = math.prod(shape[1:])
+        last = normal_kernel(b, hidden, out)
         return {
             "in": {"kernel": normal_kernel(a, noise_width, hidden), "bias": jnp.zeros(hidden)},
-            "out": {"kernel": normal_kernel(b, hidden, out), "bias": jnp.zeros(out)},
+            "out": {"kernel": 0.1 * last if scenes else last, "bias": jnp.zeros(out)},
         }
 
     def apply(y: Params, params: Params, key: jax.Array) -> Synthetic:
-        z = by_rows(jax.random.normal(key, (rows, noise_width), y["in"]["kernel"].dtype))
+        dtype = y["in"]["kernel"].dtype
+        z = by_rows(jax.random.normal(key, (rows, noise_width), dtype))
         x = jax.nn.gelu(z @ y["in"]["kernel"] + y["in"]["bias"])
-        x = adapters.standard(x @ y["out"]["kernel"] + y["out"]["bias"])
-        return Synthetic({"pixel_values": x.reshape(rows, *shape)}, None)
+        x = x @ y["out"]["kernel"] + y["out"]["bias"]
+        if scenes:
+            drawn = dead_leaves(jax.random.fold_in(key, 1), shape)
+            x = x + drawn.reshape(rows, -1).astype(dtype)
+        return Synthetic({"pixel_values": adapters.standard(x).reshape(shape)}, None)
 
     return Generator(init, apply)
+
+
+def leaves(teacher: Model, *, rows: int, size: int | None = None, layers: int = 2) -> Generator:
+    """Dead leaves (see ``scenes``): nothing to learn, the baseline of a game on images.
+
+    Raises:
+      ValueError: as :func:`pixels`; layers < 0.
+    """
+    shape = _images(teacher, rows, size)
+
+    def apply(y: Params, params: Params, key: jax.Array) -> Synthetic:
+        return Synthetic({"pixel_values": dead_leaves(key, shape, layers)}, None)
+
+    return Generator(lambda key: {}, apply)
+
+
+def _images(teacher: Model, rows: int, size: int | None) -> tuple[int, int, int, int]:
+    """(B, H, W, C) of what a vision teacher sees."""
+    config = teacher.config
+    if not isinstance(config, VisionConfig):
+        raise ValueError(f"images need a vision teacher, got {type(config).__name__}")
+    positive(rows, "rows")
+    side = config.image_size if size is None else size
+    if side < 1 or side % config.patch:
+        raise ValueError(f"size must be a multiple of the patch {config.patch}, got {side}")
+    return rows, side, side, config.channels
 
 
 def information(logits: Float[Array, "N C"]) -> Float[Array, ""]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from steppe.models import masks, tree
-from steppe.train.quantize import adapters, generator
+from steppe.train.quantize import adapters, generator, scenes
 
 small = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "small.py")))
 KEY = jax.random.key(3)
@@ -181,6 +181,24 @@ def test_what_a_vision_teacher_sees():
     assert fed(vit, out).shape == (B, 3)
 
 
+def test_images_from_dead_leaves():
+    vit = small.teacher(small.vision(), scale=2.0)
+    gen = generator.leaves(vit.model, rows=B, size=8)
+    y, out = made(gen, vit.params)
+    assert y == {}
+    np.testing.assert_allclose(
+        out.batch["pixel_values"], scenes.dead_leaves(KEY, (B, 8, 8, 3)), atol=1e-5
+    )
+    gen = generator.pixels(vit.model, rows=B, size=8, scenes=True)
+    y, out = made(gen, vit.params)
+    drawn = scenes.dead_leaves(jax.random.fold_in(KEY, 1), (B, 8, 8, 3))
+    images = out.batch["pixel_values"]
+    # A little is added, and what is added is learned.
+    assert 0.9 < float(jnp.corrcoef(images.ravel(), drawn.ravel())[0, 1]) < 0.9999
+    grads = jax.grad(lambda y: fed(vit, gen.apply(y, vit.params, KEY)).sum())(y)
+    assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(grads))
+
+
 def test_batches_feed_a_model():
     gen = generator.noise(BERT.model, rows=B, length=T)
     y = jax.jit(gen.init)(KEY)
@@ -222,7 +240,7 @@ def test_bad_input():
         generator.noise(vit, rows=B, length=4)
     with pytest.raises(ValueError, match="length must be a square number of patches, got 5"):
         generator.noise(vit, rows=B, length=5, adapter="linear")
-    with pytest.raises(ValueError, match="pixels needs a vision teacher, got EncoderConfig"):
+    with pytest.raises(ValueError, match="images need a vision teacher, got EncoderConfig"):
         generator.pixels(BERT.model, rows=B)
     with pytest.raises(ValueError, match="size must be a multiple of the patch 4, got 6"):
         generator.pixels(vit, rows=B, size=6)

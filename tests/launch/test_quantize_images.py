@@ -1,0 +1,65 @@
+"""What `steppe quantize` makes for a vision model when it has no data."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from steppe.launch.quantize import methods, opened
+from steppe.launch.quantize.settings import QuantizeConfig
+from steppe.models.heads import HeadConfig
+from steppe.models.vision import VisionConfig
+from steppe.train.quantize import generator, scenes
+
+CONFIG = QuantizeConfig(
+    "model", "out", method=("zsaq",), calibration="noise", examples=8, batch_size=4
+)
+KEY = jax.random.key(0)
+
+
+@pytest.fixture(scope="module")
+def vision():
+    model = VisionConfig(
+        "vit", image_size=8, patch=4, width=16, layers=1, heads=2, ffn_width=24,
+        head=HeadConfig("classification", 3),
+    ).build()  # fmt: skip
+    return opened.Opened(model, jax.jit(model.init)(KEY), None, None, None, None)
+
+
+def images(made):
+    return np.asarray(made.apply(made.init(KEY), {}, KEY).batch["pixel_values"])
+
+
+def test_images_are_dead_leaves_or_noise(vision):
+    leaves = images(opened.noise(vision, CONFIG, 4))
+    np.testing.assert_allclose(leaves, scenes.dead_leaves(KEY, (4, 8, 8, 3)), atol=1e-5)
+    plain = dataclasses.replace(CONFIG, images="noise")
+    noise = images(generator.pixels(vision.model, rows=4))
+    np.testing.assert_array_equal(images(opened.noise(vision, plain, 4)), noise)
+    np.testing.assert_array_equal(images(opened.learned(vision, plain)), noise)
+    learned = images(opened.learned(vision, CONFIG))
+    drawn = scenes.dead_leaves(jax.random.fold_in(KEY, 1), (4, 8, 8, 3))
+    assert np.corrcoef(learned.ravel(), drawn.ravel())[0, 1] > 0.9
+
+
+def test_calibration_without_data_draws_the_same(vision):
+    _, batches = opened.calibration(vision, CONFIG, 3)
+    assert [b["pixel_values"].shape for b in batches] == [(4, 8, 8, 3)] * 2
+    assert abs(batches[0]["pixel_values"] - batches[1]["pixel_values"]).max() > 0.1
+
+
+def test_what_is_recorded_is_what_was_used():
+    for method, there in (("zsaq", True), ("random", False), ("rtn", False)):
+        notes = methods.describe(CONFIG, method)
+        assert ("candidates" in notes, "generator_lr" in notes) == (there, there)
+        assert ("images" in notes) == (method != "rtn")
+    assert methods.describe(CONFIG, "gptq")["images"] == "leaves"
+    known = dataclasses.replace(CONFIG, calibration="data")
+    assert "images" not in methods.describe(known, "gptq")
+
+
+def test_words_are_not_for_images(vision):
+    config = dataclasses.replace(CONFIG, candidates=5)
+    with pytest.raises(ValueError, match="candidates=5 are words, and model reads images"):
+        methods.check(vision, config)
