@@ -115,8 +115,8 @@ def warnings(found: Mapping[str, Any]) -> list[str]:
             said.append(
                 f"{row['folder']}: the float model answers the made inputs almost alike "
                 f"({told:.3f} nats tell them apart, {real:.3f} the test examples): what was learnt "
-                "from them says little of the data (for texts, --info-bonus and --candidates of zsaq "
-                "are there to find others)"
+                "from them says little of the data (for texts, --info-bonus and --candidates of "
+                "zsaq are there to find others)"
             )
     return said
 
