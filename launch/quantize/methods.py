@@ -203,7 +203,7 @@ def _game(
     terms = Terms(config.divergence, config.inter_layer, config.act_bonus, config.info_bonus)
     start = quantized.with_entries(student, params)
     state = zsaq.init(jax.random.key(seed), student, teacher, made, opt, params=start)
-    train = zsaq.make_zsaq_step(student, opened.model, made, opt, terms=terms)
+    train = zsaq.make_zsaq_step(student, opened.model, made, opt, terms=terms, steps=config.steps)
     said = _Said(tell, f"{method}, game", config.steps)
     state = _run(train, state, zsaq.Noise(), config.steps, folder, said)
     told = _told(opened, made, state, seed, config.batch_size) if classifies(opened) else None

@@ -126,6 +126,7 @@ def test_gptq_uses_the_data_and_zsaq_none(done):
     assert any(gptq[k]["mse"] > rtn[k]["mse"] for k in rtn)  # it trades weights for outputs
     game = (out / "w4a8-zsaq-seed0-game" / "metrics.jsonl").read_text().splitlines()
     assert all(np.isfinite(json.loads(line)["loss"]) for line in game)
+    assert "held_out" in json.loads(game[-1])  # four iterations, and a look at the champion
     assert len(rows["zsaq", 0]["samples"]) == 4
     record = json.loads((out / "w4a8-zsaq-seed1" / "quantized.json").read_text())
     assert record["notes"]["rho"] == 0.05

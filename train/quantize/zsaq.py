@@ -146,6 +146,7 @@ def make_zsaq_step(
     terms: Terms | None = None,
     compute_dtype: Any = None,
     judge_every: int = 10,
+    steps: int = 0,
     donate: bool = True,
 ) -> step.TrainStep:
     """The compiled iteration, ``(state, {}) -> (state, metrics)``: the batch is empty.
@@ -158,6 +159,9 @@ def make_zsaq_step(
       compute_dtype: such as "bfloat16", of all networks; both players stay float32.
       judge_every: iterations between two looks at the champion; 0 = never: the champion stays the
         student of the start, and ``result(state, best=False)`` is the one that was trained.
+      steps: iterations that are to come in all; with a number the champion is looked at after the
+        last of them too. 0 = not known: what follows the last look of ``judge_every`` is lost to
+        :func:`result`.
       donate: see ``step.make``.
 
     The metrics are float32 scalars (sum, weight): ``loss`` (f, mean over the student's steps),
@@ -166,12 +170,14 @@ def make_zsaq_step(
     ``held_out_best`` (weight 0 in iterations without a look).
 
     Raises:
-      ValueError: an unknown divergence, judge_every < 0.
+      ValueError: an unknown divergence, judge_every < 0, steps < 0.
     """
     terms = Terms() if terms is None else terms
     check_kind(terms.divergence)
     if not isinstance(judge_every, int) or isinstance(judge_every, bool) or judge_every < 0:
         raise ValueError(f"judge_every must be a whole number >= 0, got {judge_every!r}")
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
+        raise ValueError(f"steps must be a whole number >= 0, got {steps!r}")
 
     def fn(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         x, y = _sides(state.params)
@@ -193,7 +199,8 @@ def make_zsaq_step(
         logged = {name: (jnp.float32(value), one) for name, value in metrics.items()}
         extra = state.extra
         if judge_every:
-            due = (state.step + 1) % judge_every == 0
+            done = state.step + 1
+            due = (done % judge_every == 0) | (done == steps)
             best, now, before = _judged(f, x[STUDENT], y[GENERATOR], state, due)
             extra = {**extra, BEST: {STUDENT: best}}
             looked = due.astype(jnp.float32)

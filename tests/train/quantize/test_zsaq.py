@@ -184,6 +184,16 @@ def test_a_run_moves_both_players_and_logs_them():
     assert run.compiles == 1
 
 
+def test_the_last_iteration_is_looked_at():
+    """A run shorter than the usual ten between two looks is no run for nothing."""
+    state, run = built(PLAYERS(0.0, 1), judge_every=3, steps=4)
+    looked = []
+    for _ in range(4):
+        state, metrics = run(state, {})
+        looked.append(float(metrics["held_out"][1]))
+    assert looked == [0, 0, 1, 1]
+
+
 def test_against_frozen_random_inputs_the_student_learns():
     """Many small steps on inputs of one distribution: f falls below that of rounding alone."""
     gen = generator.random_tokens(BERT.model, rows=32, length=6)
@@ -250,6 +260,8 @@ def test_bad_input():
         zsaq.make_zsaq_step(STUDENT, BERT.model, GEN, PLAYERS(), terms=Terms("cosine"))
     with pytest.raises(ValueError, match="judge_every must be a whole number >= 0, got -1"):
         zsaq.make_zsaq_step(STUDENT, BERT.model, GEN, PLAYERS(), judge_every=-1)
+    with pytest.raises(ValueError, match="steps must be a whole number >= 0, got 2.5"):
+        zsaq.make_zsaq_step(STUDENT, BERT.model, GEN, PLAYERS(), steps=2.5)
     with pytest.raises(ValueError, match="student must be quantized.wrap.*got Model"):
         zsaq.init(KEY, BERT.model, BERT, GEN, PLAYERS())
     still = quantized.wrap(BERT.model, W3A8, weights=False)
