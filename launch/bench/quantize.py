@@ -46,14 +46,13 @@ class Played(NamedTuple):
     candidates: int = 0
 
 
-SOME = 1024
 GAMES = {
     "random inputs, K=1": Played(None, 1),
     "SGD-SGA, K=1": Played(0.0, 1),
     "SAM-SGA, K=1": Played(0.05, 1),
     "SAM-SGA, K=1, gumbel": Played(0.05, 1, "gumbel"),
-    "SAM-SGA, K=1, gumbel of 1,024 words": Played(0.05, 1, "gumbel", SOME),
-    "SAM-SGA, K=1, 1,024 words": Played(0.05, 1, "soft_embed", SOME),
+    "SAM-SGA, K=1, gumbel of 1,024 words": Played(0.05, 1, "gumbel", 1024),
+    "SAM-SGA, K=1, 1,024 words": Played(0.05, 1, "soft_embed", 1024),
     "SAM-SGA, K=1, linear": Played(0.05, 1, "linear"),
     "SAM-SGA, K=5": Played(0.05, 5),
 }

@@ -18,6 +18,7 @@ from steppe.launch.quantize.opened import Opened
 from steppe.launch.quantize.settings import (
     FROM_DATA,
     GAMES,
+    GENERATES,
     GRAMS,
     LEARNS,
     MAGNITUDES,
@@ -115,7 +116,7 @@ def check(opened: Opened, config: QuantizeConfig) -> None:
                 f"info_bonus={config.info_bonus} is for classifiers, and {config.model} is none: "
                 "leave it at 0"
             )
-        if method in GAMES and method != "random":
+        if method in GENERATES:
             opened_.learned(opened, config)  # a generator that does not fit ends here
         if method in GAMES and numbers and config.divergence == "kl":
             raise ValueError(
@@ -323,7 +324,7 @@ def describe(config: QuantizeConfig, method: str) -> dict[str, Any]:
         names += ["k_min", "steps", "student_lr", "batch_size"]
     if method in GAMES:
         names += ["divergence", "inter_layer", "length", "images"]
-    if method in GAMES and method != "random":
+    if method in GENERATES:
         names += ["generator_lr", "act_bonus", "info_bonus", "adapter", "candidates"]
     if method == "zsaq":
         names.append("rho")

@@ -13,7 +13,9 @@ Method = Literal["rtn", "mse", "gptq", "smooth", "awq", "zsaq", "sgd-sga", "rand
 METHODS: tuple[str, ...] = Method.__args__  # type: ignore[attr-defined]
 # What they need beside the parameters.
 GRAMS, MAGNITUDES = ("gptq", "awq"), ("smooth",)
-GAMES = ("zsaq", "sgd-sga", "random")
+# Games, and those of them whose generator learns.
+GENERATES = ("zsaq", "sgd-sga")
+GAMES = (*GENERATES, "random")
 # What learns from the training split: the teacher's answers, or the labels.
 FROM_DATA = ("data", "qat")
 LEARNS = (*GAMES, *FROM_DATA)

@@ -1,6 +1,9 @@
 """What `steppe quantize` makes for a vision model when it has no data."""
 
 import dataclasses
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -8,10 +11,10 @@ import pytest
 
 from steppe.launch.quantize import methods, opened
 from steppe.launch.quantize.settings import QuantizeConfig
-from steppe.models.heads import HeadConfig
-from steppe.models.vision import VisionConfig
 from steppe.train.quantize import generator, scenes
 
+HERE = Path(__file__).parents[1] / "train" / "quantize"
+small = SimpleNamespace(**runpy.run_path(str(HERE / "small.py")))
 CONFIG = QuantizeConfig(
     "model", "out", method=("zsaq",), calibration="noise", examples=8, batch_size=4
 )
@@ -20,10 +23,7 @@ KEY = jax.random.key(0)
 
 @pytest.fixture(scope="module")
 def vision():
-    model = VisionConfig(
-        "vit", image_size=8, patch=4, width=16, layers=1, heads=2, ffn_width=24,
-        head=HeadConfig("classification", 3),
-    ).build()  # fmt: skip
+    model = small.vision()
     return opened.Opened(model, jax.jit(model.init)(KEY), None, None, None, None)
 
 

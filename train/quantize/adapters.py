@@ -40,7 +40,9 @@ from steppe.models.tree import Params
 from steppe.models.vision import VisionConfig
 
 Kind = Literal["linear", "soft_embed", "gumbel"]
-KINDS = ("linear", "soft_embed", "gumbel", None)
+# Those that choose words of the teacher's vocabulary.
+WORDS = ("soft_embed", "gumbel")
+KINDS = ("linear", *WORDS, None)
 TABLE = "embed/word/table"
 EPSILON = 1e-6
 
@@ -100,7 +102,7 @@ def adapter(
         raise ValueError(f"tau must be a finite number > 0, got {tau!r}")
     fits(teacher, rows, length)
     target = teacher.config.width
-    words = kind in ("soft_embed", "gumbel")
+    words = kind in WORDS
     if kind is None and width != target:
         raise ValueError(
             f"the generator is {width} wide and the teacher's embeddings {target}: choose an "
@@ -125,8 +127,8 @@ def adapter(
     ) -> Synthetic:
         own = y.get("adapter", {})
         if words:
-            kernel = own.get("kernel") if logits is None else None
-            z, table = _choices(h, kernel, logits, tree.get(params, TABLE), candidates, key)
+            vocab = tree.get(params, TABLE)
+            z, table = _choices(h, own.get("kernel"), logits, vocab, candidates, key)
             embeds = _mixed(z / tau, table) if kind == "soft_embed" else _drawn(z, table, tau, key)
         elif kind == "linear":
             x = standard(h @ own["kernel"] + own["bias"])
@@ -272,11 +274,11 @@ def normal_kernel(key: jax.Array, inputs: int, outputs: int) -> jax.Array:
     return jax.random.normal(key, (inputs, outputs)) / math.sqrt(inputs)
 
 
-def standard(x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
-    """Mean 0 and variance 1 over the last axis, in float32."""
+def standard(x: Float[Array, "*n"], axis: int | tuple[int, ...] = -1) -> Float[Array, "*n"]:
+    """Mean 0 and variance 1 over ``axis``, in float32."""
     wide = x.astype(jnp.float32)
-    wide = wide - wide.mean(-1, keepdims=True)
-    wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + EPSILON)
+    wide = wide - wide.mean(axis, keepdims=True)
+    wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(axis, keepdims=True) + EPSILON)
     return wide.astype(x.dtype)
 
 

@@ -169,7 +169,7 @@ def decoder(
         raise ValueError(f"reads must be 'tokens' or 'normal', got {reads!r}")
     if length > lm.config.max_length:
         raise ValueError(f"length must be <= {lm.config.max_length}, lm's positions, got {length}")
-    soft = adapter in ("soft_embed", "gumbel")
+    soft = adapter in adapters.WORDS
     if soft and (lm.config.head is None or lm.config.vocab_size != adapters.vocabulary(teacher)):
         raise ValueError(
             f"adapter {adapter!r} needs an lm with a language-model head over the teacher's "

@@ -24,10 +24,11 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from steppe.models.layout import rows as by_rows
+from steppe.train.quantize.adapters import standard
 
 EXPONENTS = (0.5, 3.0)
 SMOOTH = (2.0, 3.0)
-EPSILON = 1e-6
+IMAGE = (1, 2, 3)
 
 
 def texture(
@@ -57,7 +58,7 @@ def texture(
     frequency[0, 0] = min(1 / height, 1 / width)  # the mean, which is taken away again
     gain = jnp.float32(frequency)[None, :, :, None] ** -slope
     waves = jnp.fft.rfft2(mixed, axes=(1, 2)) * gain
-    return standard(jnp.fft.irfft2(waves, s=(height, width), axes=(1, 2)))
+    return standard(jnp.fft.irfft2(waves, s=(height, width), axes=(1, 2)), IMAGE)
 
 
 def dead_leaves(
@@ -86,13 +87,7 @@ def dead_leaves(
         level = jax.random.uniform(a, (shape[0], 1, 1, 1), maxval=1.5)
         leaf = texture(b, (*shape[:3], 1), SMOOTH) > level
         image = jnp.where(leaf, _surface(c, shape, exponents), image)
-    return standard(image)
-
-
-def standard(images: Float[Array, "N H W C"]) -> Float[Array, "N H W C"]:
-    """Mean 0 and variance 1 over every image."""
-    centred = images - images.mean((1, 2, 3), keepdims=True)
-    return centred * jax.lax.rsqrt(jnp.square(centred).mean((1, 2, 3), keepdims=True) + EPSILON)
+    return standard(image, IMAGE)
 
 
 def _surface(key: jax.Array, shape: Any, exponents: tuple[float, float]) -> jax.Array:
