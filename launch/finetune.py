@@ -282,9 +282,12 @@ def check_folder(
                 "resume with the old value or choose a new out"
             )
     elif held:
-        kind = "another run" if CONFIG in held else f"other files ({held[0]})"
+        if CONFIG not in held:
+            raise FileExistsError(
+                f"{folder} already holds other files ({held[0]}); choose a new --out"
+            )
         raise FileExistsError(
-            f"{folder} already holds {kind}; go on with it by --resume, or choose a new --out"
+            f"{folder} already holds another run; go on with it by --resume, or choose a new --out"
         )
 
 

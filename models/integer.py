@@ -71,7 +71,7 @@ def wrap(model: Model, rules: QuantRules) -> Quantized:
     made = quantized.attach(model, pairs, chosen, prepare, "integer")
     return dataclasses.replace(
         made,
-        init=lambda key: quantized.quantize(made.init(key), pairs),
+        init=lambda key: quantized.quantize(made.init(key), quantized.without_steps(pairs)),
         axes=axes(made.axes, whole),
     )
 

@@ -14,16 +14,15 @@ LayerNorms, softmax and biases are never rounded; embeddings and everything outs
 
 What a layer needs beside its kernel stands in ``params["quant"]["layers"][site]``, stacked over
 layers: ``low`` and ``high`` [L] of a fixed range (``a_mode="static"``), ``smooth`` [L, in], by
-which its input is divided and its kernel multiplied before rounding. None of it trains.
+which its input is divided and its kernel multiplied before rounding, and while kernels are float
+``step`` [L, n, out] of fixed steps (``fit="fixed"``). None of it trains.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,91 +30,22 @@ import jax.numpy as jnp
 from steppe.models import fake_quant as fq
 from steppe.models import tree
 from steppe.models.model import Batch, Decode, Model, ModelOut, Parts, Rules
-from steppe.models.overlays.overlay import kernel_paths
+from steppe.models.quant_rules import (
+    QUANT,
+    QuantConfig,
+    QuantRules,
+    as_pairs,
+    requant,
+    resolve,
+    site_of,
+    unquant,
+)
+from steppe.models.quant_rules import STACKED as STACKED
+from steppe.models.quant_rules import parse as parse
+from steppe.models.quant_rules import rules as rules
+from steppe.models.quant_rules import without_steps as without_steps
 from steppe.models.sites import Site, SiteContext, stack_sites
 from steppe.models.tree import Params
-
-QUANT = "quant"
-STACKED = r"(.*/)?layers/(.*/)?kernel"
-MODES = ("token", "tensor", "static")
-
-
-@dataclass(frozen=True)
-class QuantConfig:
-    """How one dense layer is rounded.
-
-    Attributes:
-      w_bits, a_bits: bits of its kernel and of its input, 2 to 8; 32 = as it is.
-      group: so many inputs of a kernel share a step; None = all of an output channel.
-      a_mode: range of the input: "token" = of each token, "tensor" = of all real tokens of the
-        (global) batch, "static" = as ``params["quant"]`` has it, see ``train.quantize.calibrate``.
-      ste_clip: no gradient for inputs outside of a static range.
-      smooth: whether the layer has an entry ``smooth``, see the module.
-      fit: step of a kernel: "absmax" or "mse", see ``fake_quant.steps``.
-    """
-
-    w_bits: int = 8
-    a_bits: int = 8
-    group: int | None = None
-    a_mode: Literal["token", "tensor", "static"] = "token"
-    ste_clip: bool = False
-    smooth: bool = False
-    fit: Literal["absmax", "mse"] = "absmax"
-
-    def __post_init__(self) -> None:
-        fq.check_bits(self.w_bits, "w_bits")
-        fq.check_bits(self.a_bits, "a_bits")
-        fq.check_fit(self.fit)
-        if self.a_mode not in MODES:
-            raise ValueError(f"a_mode must be one of {', '.join(MODES)}, got {self.a_mode!r}")
-        whole = isinstance(self.group, int) and not isinstance(self.group, bool)
-        if self.group is not None and not (whole and self.group >= 1):
-            raise ValueError(f"group must be a whole number >= 1, or None, got {self.group!r}")
-
-
-# (regular expression on the whole path of a kernel, how it is rounded or None = not at all); the
-# first match counts. A QuantConfig alone stands for all kernels of dense layers in the stack.
-QuantRules: TypeAlias = QuantConfig | Sequence[tuple[str, QuantConfig | None]]
-
-
-def parse(text: str, **more: Any) -> QuantConfig:
-    """A scheme from its usual name: "w8a8", "w4a16" (inputs as they are), "w3a8-g64".
-
-    Args:
-      more: further fields of :class:`QuantConfig`.
-
-    Raises:
-      ValueError: an unknown scheme, or bits outside 2 to 8.
-
-    Example:
-      >>> parse("w4a8-g64").w_bits
-      4
-    """
-    found = re.fullmatch(r"w(\d+)a(\d+)(?:-?g(\d+))?", text.strip().lower())
-    if found is None:
-        raise ValueError(f"scheme must look like w8a8, w4a16 or w4a8-g64, got {text!r}")
-    w, a = (fq.BYPASS if int(n) in (16, 32) else int(n) for n in found.groups()[:2])
-    group = None if found[3] is None else int(found[3])
-    return QuantConfig(w, a, group, **more)
-
-
-def rules(
-    config: QuantConfig, *, quantize_embed: bool = False, quantize_head: bool = False
-) -> tuple[tuple[str, QuantConfig | None], ...]:
-    """The rules for a whole model: its stack, and where wanted the matrices around it.
-
-    Those have no site at their inputs, so that their weights alone are rounded. Embeddings have a
-    step for every column and no groups, whose sizes are of inputs and not of words, positions or
-    types; a tied language-model head is rounded with them.
-    """
-    alone = dataclasses.replace(config, a_bits=fq.BYPASS, smooth=False)
-    chosen: list[tuple[str, QuantConfig | None]] = [(STACKED, config)]
-    if quantize_head:
-        chosen.append((r"(head|pooler|projection)/(.*/)?kernel", alone))
-    if quantize_embed:
-        whole = dataclasses.replace(alone, group=None)
-        chosen.append((r"(.*/)?embed/(.*/)?(table|kernel)", whole))
-    return tuple(chosen)
 
 
 @dataclass(frozen=True)
@@ -179,16 +109,17 @@ def attach(
 ) -> Quantized:
     """A model that sees ``prepare(params)``: other parameters, and sites inside all others."""
     shapes = tree.flatten(model.abstract())
+    live = stored == "float"  # grids say their steps themselves
     needs = {
-        site: (path, chosen[path])
-        for site, path in _sites(model, chosen).items()
-        if chosen[path].smooth or _static(chosen[path])
+        site_of(path): (path, c)
+        for path, c in chosen.items()
+        if (c.smooth or _static(c) or (live and c.fixed)) and site_of(path) in model.sites
     }
 
     def init(key: jax.Array) -> Params:
         params = dict(model.init(key))
         if needs:
-            made = {site: _fresh(c, shapes[path].shape) for site, (path, c) in needs.items()}
+            made = {site: _fresh(c, shapes[path].shape, live) for site, (path, c) in needs.items()}
             params[QUANT] = {tree.STACK: made}
         return params
 
@@ -230,7 +161,8 @@ def quantize(params: Params, rules: QuantRules) -> Params:
     """The parameters with a dict ``{"q": int8, "scale": float32}`` for every chosen kernel.
 
     Round to nearest; by default the largest magnitude of a channel or group is the largest integer.
-    Kernels of 32 bits stay as they are; an entry ``smooth`` of ``quant`` is multiplied in.
+    Kernels of 32 bits stay as they are; an entry ``smooth`` of ``quant`` is multiplied in, and an
+    entry ``step`` becomes the scale.
 
     Raises:
       ValueError: as :func:`wrap`; NaN or infinity in a kernel (outside jit).
@@ -242,11 +174,11 @@ def quantize(params: Params, rules: QuantRules) -> Params:
         if config.w_bits != fq.BYPASS:
             w = smoothed(own, path, config, extra)
             check_finite(w, path)
-            made = fq.quantize(w, config.w_bits, group=config.group, fit=config.fit)
-            found[path] = made._asdict()
+            scale = _steps(w, path, config, extra)
+            found[path] = fq.quantize(w, config.w_bits, group=config.group, scale=scale)._asdict()
         elif config.smooth:
             found[path] = smoothed(own, path, config, extra)
-    return requant(tree.replace(own, found), extra)
+    return requant(tree.replace(own, found), _without_steps(extra))
 
 
 def dequantize(params: Params) -> Params:
@@ -272,13 +204,31 @@ def rounded_kernels(
         w = smoothed(params, path, config, extra)
         axes = tuple(a for a in range(w.ndim) if a != w.ndim - 2)
         scale = None
-        if config.fit != "absmax" and config.w_bits != fq.BYPASS:
-            fixed = jax.lax.stop_gradient(w)
-            scale = fq.steps(fixed, config.w_bits, group=config.group, fit=config.fit)
+        if config.w_bits != fq.BYPASS:
+            scale = _steps(jax.lax.stop_gradient(w), path, config, extra)
         return fq.fake_quant(w, config.w_bits, axes, group=config.group, scale=scale)
 
     live = {path: c for path, c in chosen.items() if c.w_bits != fq.BYPASS or c.smooth}
     return tree.replace(params, {path: one(path, c) for path, c in live.items()})
+
+
+def _steps(
+    w: jax.Array, path: str, config: QuantConfig, extra: Mapping[str, Any]
+) -> jax.Array | None:
+    """The steps [..., n, out] of the kernel w at ``path``; None = from its largest magnitudes."""
+    if config.fit == "fixed":
+        return _entry(extra, site_of(path), "step")
+    if config.fit == "absmax":
+        return None
+    return fq.steps(w, config.w_bits, group=config.group, fit=config.fit)
+
+
+def _without_steps(extra: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {
+        site: {name: leaf for name, leaf in entry.items() if name != "step"}
+        for site, entry in extra.items()
+    }
+    return {site: entry for site, entry in kept.items() if entry}
 
 
 def smoothed(params: Params, path: str, config: QuantConfig, extra: Mapping[str, Any]) -> jax.Array:
@@ -295,17 +245,6 @@ def is_grid(node: Any) -> bool:
     return isinstance(node, Mapping) and set(node) == {"q", "scale"}
 
 
-def unquant(params: Params) -> tuple[Params, dict[str, Any]]:
-    """(the network's parameters, ``quant``'s entries by site)."""
-    own = {name: part for name, part in params.items() if name != QUANT}
-    return own, dict(params.get(QUANT, {}).get(tree.STACK, {}))
-
-
-def requant(params: Params, extra: Mapping[str, Any]) -> Params:
-    """The reverse of :func:`unquant`."""
-    return {**params, QUANT: {tree.STACK: dict(extra)}} if extra else params
-
-
 # Rules ---------------------------------------------------------------------------------------
 
 
@@ -314,81 +253,6 @@ def with_entries(student: Quantized, params: Params) -> Params:
     if QUANT in params or QUANT not in student.abstract():
         return params
     return {**params, QUANT: student.init(jax.random.key(0))[QUANT]}
-
-
-def as_pairs(rules: QuantRules) -> tuple[tuple[str, QuantConfig | None], ...]:
-    """Rules as pairs.
-
-    Raises:
-      ValueError: they are none, or a pattern is no regular expression.
-    """
-    if isinstance(rules, QuantConfig):
-        return ((STACKED, rules),)
-    if isinstance(rules, str):
-        raise ValueError(f"rules must be a QuantConfig or pairs, got text: use parse({rules!r})")
-    pairs = tuple((pattern, config) for pattern, config in rules)
-    for pattern, _ in pairs:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"rule {pattern!r} is no regular expression ({error})") from error
-    if not pairs:
-        raise ValueError("rules must hold at least one (pattern, QuantConfig or None), got none")
-    return pairs
-
-
-def resolve(model: Model | Params, rules: QuantRules) -> dict[str, QuantConfig]:
-    """The path of every kernel that a rule rounds, and how.
-
-    Args:
-      model: a model, or parameters (arrays or shapes).
-
-    Raises:
-      ValueError: a pattern matches no kernel; a leaf that is no matrix or holds integers; a
-        group that does not divide its inputs; inputs to be rounded where no site is.
-    """
-    sites = model.sites if isinstance(model, Model) else None
-    params = model.abstract() if isinstance(model, Model) else unquant(model)[0]
-    pairs, flat = as_pairs(rules), tree.flatten(params)
-    for pattern, _ in pairs:
-        if not any(re.fullmatch(pattern, path) for path in flat):
-            done = any(re.fullmatch(pattern, path.removesuffix("/q")) for path in flat)
-            if done:
-                raise ValueError(f"the kernels of rule {pattern!r} are quantized already")
-            kernels = [path for path in flat if path.endswith("/kernel")]
-            raise ValueError(
-                f"rule {pattern!r} matches no kernel; there are {', '.join(kernels[:4])}, ..."
-            )
-    known = set(kernel_paths(params).values())
-    chosen = {}
-    for path, leaf in flat.items():
-        config = next((c for p, c in pairs if re.fullmatch(p, path)), None)
-        if config is None:
-            continue
-        lead = int(tree.is_stacked(path))
-        if jnp.issubdtype(leaf.dtype, jnp.integer):
-            raise ValueError(f"{path!r} holds integers: it is quantized already")
-        if leaf.ndim - lead != 2:
-            raise ValueError(
-                f"a rule matches {path!r} of shape {tuple(leaf.shape)}, which is no matrix"
-            )
-        if config.group is not None:
-            fq.check_group(config.group, leaf.shape[-2], f"{path!r} {tuple(leaf.shape)}")
-        inputs = config.a_bits != fq.BYPASS or config.smooth
-        hooked = path in known and (sites is None or site_of(path) in sites)
-        if inputs and not hooked:
-            raise ValueError(
-                f"the model has no site at the input of {path!r}: give it a rule with a_bits=32 "
-                "and smooth=False, which rounds its weights alone"
-            )
-        chosen[path] = config
-    return chosen
-
-
-def site_of(path: str) -> str:
-    """Site of the dense layer whose kernel stands at ``path``."""
-    parts = path.split(tree.SEPARATOR)[:-1]
-    return ".".join(part for part in parts if part != tree.STACK)
 
 
 def check_plain(model: Model) -> None:
@@ -421,11 +285,14 @@ def _static(config: QuantConfig) -> bool:
     return config.a_mode == "static" and config.a_bits != fq.BYPASS
 
 
-def _fresh(config: QuantConfig, shape: tuple[int, ...]) -> Params:
+def _fresh(config: QuantConfig, shape: tuple[int, ...], live: bool) -> Params:
     made: Params = {}
+    # NaN is seen; a made-up range would be a made-up model.
+    if live and config.fixed:
+        groups = 1 if config.group is None else shape[1] // config.group
+        made["step"] = jnp.full((shape[0], groups, shape[2]), jnp.nan, jnp.float32)
     if _static(config):
-        # NaN is seen; a made-up range would be a made-up model.
-        made = {name: jnp.full(shape[0], jnp.nan, jnp.float32) for name in ("low", "high")}
+        made |= {name: jnp.full(shape[0], jnp.nan, jnp.float32) for name in ("low", "high")}
     if config.smooth:
         made["smooth"] = jnp.ones(shape[:2], jnp.float32)
     return made

@@ -43,24 +43,29 @@ def check(config: Any, folder: Path, grows: Collection[str]) -> None:
       grows: settings that may change on the way: more rows, not other ones.
 
     Raises:
-      FileExistsError: the folder holds something, and ``resume`` is not given.
-      ValueError: another setting differs.
+      FileExistsError: the folder holds something of another command, or a comparison of this one
+        and ``resume`` is not given.
+      ValueError: another setting differs; a config.json that is none of this command.
     """
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file; choose another --out")
     held = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-    if not config.resume:
-        if held:
-            what = "another comparison" if CONFIG in held else f"other files ({held[0]})"
-            raise FileExistsError(
-                f"{folder} already holds {what}; go on with it by --resume, or choose a new --out"
-            )
-        return
     if "metrics.jsonl" in held:
-        raise ValueError(f"{folder} is a run of steppe finetune; choose another --out")
-    if CONFIG not in held:
-        return  # nothing was finished: from the beginning
+        raise FileExistsError(f"{folder} is a run of steppe finetune; choose another --out")
+    if held and CONFIG not in held:
+        raise FileExistsError(
+            f"{folder} already holds other files ({held[0]}); choose another --out"
+        )
+    if not held:
+        return
     old = read(folder, type(config))
+    if not config.resume:
+        if held == [CONFIG]:
+            return  # it ended before anything was finished: from the beginning
+        raise FileExistsError(
+            f"{folder} already holds another comparison; go on with it by --resume, or choose a "
+            "new --out"
+        )
     before, after = (
         {k: v for k, v in config_.to_dict(c).items() if k not in grows} for c in (old, config)
     )

@@ -156,7 +156,7 @@ def row(
         made.rules,
         labels=opened.labels,
         tokenizer_dir=opened.tokenizer_dir,
-        notes={"bits": bits, "seed": seed, **methods.describe(config, method)},
+        notes={"bits": bits, "seed": seed, **methods.describe(opened, config, method)},
     )
     found["size"] = _sizes(folder)
     errors = baselines.errors(opened.params, made.params)

@@ -32,8 +32,9 @@ from steppe.models.vision import VisionConfig
 from steppe.train import distill, loop, metrics, step
 from steppe.train.distill.pairs import Teacher
 from steppe.train.objectives import basic
-from steppe.train.quantize import baselines, calibrate, generator, gptq, zsaq
+from steppe.train.quantize import baselines, calibrate, generator, zsaq
 from steppe.train.quantize.game import Terms
+from steppe.train.quantize.gptq import gptq, start
 
 Told = Callable[[str, int, int], None]
 LOG_EVERY = 5
@@ -76,6 +77,13 @@ def check(opened: Opened, config: QuantizeConfig) -> None:
             f"{config.model} holds NaN or infinity in {path!r}: look at how it was trained and "
             "saved"
         )
+    for name in ("adapter", "length") if opened.vision else ("images",):
+        value, usual = getattr(config, name), getattr(QuantizeConfig, name)
+        if value != usual:
+            kind = "images" if opened.vision else "texts"
+            raise ValueError(
+                f"{name}={value} does not go with {config.model}, which reads {kind}: leave it out"
+            )
     head = opened.model.config.head
     numbers = head is not None and head.kind == "regression"
     made_for = isinstance(opened.model.config, EncoderConfig | DecoderConfig | VisionConfig)
@@ -83,7 +91,7 @@ def check(opened: Opened, config: QuantizeConfig) -> None:
         quantized.parse(bits).a_bits < 32 for bits in config.bits
     )
     for method in config.method:
-        reads = static or method in (*GRAMS, *MAGNITUDES)
+        reads = static or reads_inputs(config, method)
         if reads and config.calibration == "data" and opened.task is None:
             raise ValueError(
                 f"method {method!r} reads inputs of the layers, and {config.model} names no data "
@@ -142,24 +150,28 @@ def quantize(
     Raises:
       ValueError: rules that do not fit the model, no data to calibrate with.
     """
-    rules = rules_of(bits, method, config)
+    rules: quantized.QuantRules = rules_of(bits, method, config)
     params = opened.params
     quantized.resolve(opened.model, rules)  # a scheme that does not fit ends here
     static = config.activations == "static" and any(
         c.a_bits < 32 for c in quantized.resolve(opened.model, rules).values()
     )
     reads, batches = opened.model, list[Any]()
-    if method in (*GRAMS, *MAGNITUDES) or static:
+    compensated = compensates(config, method)
+    if reads_inputs(config, method) or static:
         tell(f"{bits} {method}: inputs of the layers", 0, 1)
         reads, batches = opened_.calibration(opened, config, seed)
     if method in MAGNITUDES:
         params = baselines.smooth(params, calibrate.magnitudes(reads, params, batches), rules)
-    grams = calibrate.grams(reads, params, batches) if method in GRAMS else None
+    grams = calibrate.grams(reads, params, batches) if method in GRAMS or compensated else None
     if method == "awq":
         assert grams is not None
         params = baselines.awq(params, grams, rules)
     if static:
         params = calibrate.ranges(reads, params, batches, rules)
+    if compensated:
+        assert grams is not None
+        params, rules = start(params, grams, rules)
     if method in GAMES:
         params, samples, told = _game(opened, config, rules, params, method, seed, folder, tell)
         return Made(quantized.quantize(params, rules), rules, samples, told)
@@ -202,8 +214,9 @@ def _game(
         freeze_generator=random,
     )
     terms = Terms(config.divergence, config.inter_layer, config.act_bonus, config.info_bonus)
-    start = quantized.with_entries(student, params)
-    state = zsaq.init(jax.random.key(seed), student, teacher, made, opt, params=start)
+    given = quantized.with_entries(student, params)
+    state = zsaq.init(jax.random.key(seed), student, teacher, made, opt, params=given)
+    _answers_numbers(opened, config, made, state)
     train = zsaq.make_zsaq_step(student, opened.model, made, opt, terms=terms, steps=config.steps)
     said = _Said(tell, f"{method}, game", config.steps)
     state = _run(train, state, zsaq.Noise(), config.steps, folder, said)
@@ -270,6 +283,20 @@ def classifies(opened: Opened) -> bool:
     return head is not None and head.kind == "classification"
 
 
+def _answers_numbers(opened: Opened, config: QuantizeConfig, made: Any, state: Any) -> None:
+    """Refuses a float model that overflows on what it is to be asked."""
+    y, key = state.params.get(zsaq.GENERATOR, {}), jax.random.key(0)
+    (batch,) = generator.batches(made, y, opened.params, key, 1)
+    reads = generator.feeding(opened.model)
+    logits = jax.jit(lambda own, batch: reads.apply(own, batch).logits)(opened.params, batch)
+    if not bool(jnp.isfinite(logits).all()):
+        raise ValueError(
+            f"{config.model} answers made inputs with NaN or infinity, from which nothing can be "
+            "learnt: its parameters are finite, its activations overflow; look at how it was "
+            "trained"
+        )
+
+
 def _told(opened: Opened, made: Any, state: Any, seed: int, rows: int) -> float:
     """``generator.information`` of the float classifier's answers to some 256 made inputs."""
     y, key = state.params.get(zsaq.GENERATOR, {}), jax.random.key(seed)
@@ -314,19 +341,33 @@ class _Said:
         """Nothing is open."""
 
 
-def describe(config: QuantizeConfig, method: str) -> dict[str, Any]:
-    """The settings that a method has used, for the model's record."""
+def describe(opened: Opened, config: QuantizeConfig, method: str) -> dict[str, Any]:
+    """The settings that a method has used on this model, for its record."""
+    known = dataclasses.asdict(config)
+    if not opened.vision:
+        known["length"] = opened_.length(opened, config)
+    made = "images" if opened.vision else "length"  # what a made input is asked for
     names = ["activations", "fit", "embed", "head"]
-    if method in (*GRAMS, *MAGNITUDES) or config.activations == "static":
+    if reads_inputs(config, method) or config.activations == "static":
         names += ["calibration", "examples"]
-        names += ["length", "images"] if config.calibration == "noise" else []
+        names += [made] if config.calibration == "noise" else []
     if method in LEARNS:
-        names += ["k_min", "steps", "student_lr", "batch_size"]
+        names += ["start", "k_min", "steps", "student_lr", "batch_size"]
     if method in GAMES:
-        names += ["divergence", "inter_layer", "length", "images"]
+        names += ["divergence", "inter_layer", made]
     if method in GENERATES:
-        names += ["generator_lr", "act_bonus", "info_bonus", "adapter", "candidates"]
+        names += ["generator_lr", "act_bonus", "info_bonus"]
+        names += [] if opened.vision else ["adapter", "candidates"]
     if method == "zsaq":
         names.append("rho")
-    known = dataclasses.asdict(config)
     return {"method": method, **{name: known[name] for name in names}}
+
+
+def reads_inputs(config: QuantizeConfig, method: str) -> bool:
+    """Whether a method looks at inputs of the layers before it rounds or learns."""
+    return method in (*GRAMS, *MAGNITUDES) or compensates(config, method)
+
+
+def compensates(config: QuantizeConfig, method: str) -> bool:
+    """Whether a method learns from where GPTQ ends."""
+    return config.start == "gptq" and method in LEARNS

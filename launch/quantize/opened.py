@@ -128,10 +128,12 @@ def calibration(opened: Opened, config: QuantizeConfig, seed: int) -> tuple[Mode
         )
         return opened.model, [{k: v for k, v in b.items() if k != "labels"} for b in some]
     rows = min(config.batch_size, config.examples)
-    count = max(1, config.examples // rows)
+    count = -(-config.examples // rows)
     made = noise(opened, config, rows)
     key = jax.random.key(seed)
     batches = generator.batches(made, made.init(key), opened.params, key, count)
+    rest = config.examples - rows * (count - 1)
+    batches[-1] = jax.tree.map(lambda leaf: leaf[:rest], batches[-1])
     return generator.feeding(opened.model), batches
 
 

@@ -35,33 +35,38 @@ class QuantizeConfig:
         share a step).
       method: rtn, to nearest; mse, to nearest with the step of least squared error; gptq, second
         order; smooth, SmoothQuant; awq; zsaq, zero-shot sharpness-aware; sgd-sga, the same
-        without sharpness; random, the same on random tokens. Two that need the training split,
-        as ceilings of those: data, the same on its inputs; qat, fine-tuning on its labels.
+        without sharpness; random, the same on inputs that nobody learns (tokens, or ``images``).
+        Two that need the training split, as ceilings of those: data, the same on its inputs; qat,
+        fine-tuning on its labels.
       data: what the model is scored on, and calibrated with; of a run its own. Without any there
         are no scores.
-      calibration: inputs of gptq, smooth, awq and static ranges (a game's too): ``data``, of the
-        training split, or ``noise``, tokens drawn at random (images: normal noise), which needs
-        no data.
+      calibration: inputs of gptq, smooth, awq, ``start`` and static ranges (a game's too):
+        ``data``, of the training split, or ``noise``, which needs no data: tokens drawn at random,
+        or ``images``.
       examples: of those.
       activations: range of a layer's input: of each token, of each batch (tensor), or static.
       fit: step of a kernel's channel: absmax, its largest magnitude is the largest integer, or mse,
         the step of least squared error (in every step of a method that learns).
+      start: of what learns: nearest, the float kernels, or gptq, kernels that round to what gptq
+        gives, with its steps, which then stay; it reads the inputs that ``calibration`` names.
       embed, head: also round embeddings, a step for every column whatever the groups of ``bits``
         are, and what stands behind the layers.
-      rho: zsaq: radius of the perturbation.
+      rho: zsaq: radius of the perturbation (at 2 and 3 bits 0.005 was seen to be small enough).
       k_min: games: steps of the student for one of the generator.
       steps: games: iterations; data and qat take steps * k_min steps of the student.
       student_lr, generator_lr: of Adam, for what learns.
       divergence: games: kl, l1 or mse, of the logits.
-      inter_layer, act_bonus: games: weight of the distance of hidden states, of the bonus for
-        large activations.
+      inter_layer, act_bonus: games: weight of the distance of hidden states (10 was seen to help),
+        of the bonus for large activations.
       info_bonus: games with a generator, classifiers: weight of the bonus for inputs that the
         float model tells apart.
-      adapter: games: what maps the generator to embeddings: soft_embed, gumbel or linear.
+      adapter: zsaq and sgd-sga on texts: what maps the generator to embeddings: soft_embed,
+        gumbel (words; what was seen to teach) or linear.
       candidates: zsaq and sgd-sga with soft_embed or gumbel: words that a made text may choose
         from, others each time; 0 = the whole vocabulary.
       images: games, noise, of vision models: what images are drawn from, dead leaves (regions of
-        texture with the statistics of photographs; a generator adds to them) or normal noise.
+        texture with the statistics of photographs; a generator adds to them) or noise, what an
+        untrained network makes of normal noise.
       length: games, noise: tokens of a made text.
       batch_size: games, calibration: rows at once.
       seeds: of generator, noise and the order of the data, for what learns.
@@ -79,6 +84,7 @@ class QuantizeConfig:
     examples: int = 128
     activations: Literal["token", "tensor", "static"] = "token"
     fit: Literal["absmax", "mse"] = "absmax"
+    start: Literal["nearest", "gptq"] = "nearest"
     embed: bool = False
     head: bool = False
     rho: float = 0.05
@@ -138,6 +144,11 @@ class QuantizeConfig:
             raise ValueError(
                 f"candidates must be 0 with adapter='linear', which chooses no words, got "
                 f"{self.candidates}"
+            )
+        if self.start != "nearest" and not set(self.method) & set(LEARNS):
+            raise ValueError(
+                f"start={self.start!r} is of methods that learn ({', '.join(LEARNS)}), and method "
+                "has none of them: leave it out"
             )
         if min(self.seeds) < 0:
             raise ValueError(f"seeds must be >= 0, got {min(self.seeds)}")

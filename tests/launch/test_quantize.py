@@ -143,6 +143,10 @@ def test_rows_are_added_and_none_is_lost(world, tmp_path):
     )  # fmt: skip
     command.run(config)
     first = (tmp_path / "out" / "w4a8-random-seed0" / "model.safetensors").read_bytes()
+    (tmp_path / "out" / "w2a8-rtn").mkdir()
+    (tmp_path / "out" / "w2a8-rtn" / "mine.txt").write_text("x")
+    with pytest.raises(FileExistsError, match=r"w2a8-rtn holds other files \(mine.txt\)"):
+        command.run(dataclasses.replace(config, bits=("w2a8",), resume=True))
     more = dataclasses.replace(config, bits=("w3a8",), seeds=(7,), resume=True)
     found = command.run(more)
     names = [row["folder"] for row in found["rows"]]
@@ -243,6 +247,8 @@ def test_without_data_it_rounds_and_scores_nothing(world, tmp_path):
         (["--method", "zsaq", "--candidates", "-1"], "--candidates must be >= 0"),
         (["--method", "zsaq", "--candidates", "99999"], "candidates must be 0, or from 2 to the "),
         (["--candidates", "4", "--adapter", "linear"], "--candidates must be 0 with"),
+        (["--start", "gptq"], "start='gptq' is of methods that learn (zsaq, sgd-sga, random"),
+        (["--images", "noise"], "images=noise does not go with "),
         (["--rho", "-1"], "rho must be >= 0 and finite"),
         (["--seeds", "-1"], "seeds must be >= 0"),
         ([], "out must name the new folder"),
@@ -255,6 +261,49 @@ def test_mistakes(options, said, world, tmp_path, capsys):
     assert said in message
     assert message.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_game_begins_where_gptq_ends(world, tmp_path):
+    """At rate 0 the student stays there, and answers like GPTQ on the same inputs."""
+    _, run, *_ = world
+    config = QuantizeConfig(
+        str(run), str(tmp_path / "out"), ("w3a8",), ("gptq", "random"), calibration="noise",
+        examples=8, steps=1, k_min=1, student_lr=0.0, start="gptq", batch_size=4, length=6,
+        speed=0,
+    )  # fmt: skip
+    found = command.run(config)
+    rows = {row["method"]: row for row in found["rows"]}
+    assert rows["random"]["errors"] == rows["gptq"]["errors"]
+    assert rows["random"]["metrics"] == rows["gptq"]["metrics"]
+    record = json.loads((tmp_path / "out" / "w3a8-random-seed0" / "quantized.json").read_text())
+    assert (record["notes"]["start"], record["notes"]["calibration"]) == ("gptq", "noise")
+
+
+def test_what_belongs_to_others_is_not_overwritten(world, tmp_path, capsys):
+    _, run, *_ = world
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "report.html").write_text("mine")
+    words = ["quantize", str(run), "--out", str(out)]
+    for more in ([], ["--resume"]):
+        assert cli.main([*words, *more]) == 2
+        said = capsys.readouterr().err
+        assert "already holds other files (report.html); choose another --out" in said
+    assert (out / "report.html").read_text() == "mine"
+    assert cli.main(["quantize", str(run), "--out", str(run)]) == 2
+    assert "is not of this command" in capsys.readouterr().err
+
+
+def test_a_run_that_failed_before_its_first_row_can_be_repeated(world, tmp_path, capsys):
+    """Weights that are numbers, activations that are none: named, and nothing is in the way."""
+    _, _, model, params, _ = world
+    grown = tree.map_with_path(lambda p, x: 1e25 * x if "ffn" in p else x, params)
+    folder = export(tmp_path / "grown", model, grown)
+    words = ["quantize", str(folder), "--out", str(tmp_path / "out"), "--length", "6"]
+    learns = [*words, "--method", "random", "--steps", "1", "--k-min", "1", "--batch-size", "4"]
+    for _ in range(2):
+        assert cli.main(learns) == 2
+        assert "answers made inputs with NaN or infinity" in capsys.readouterr().err
 
 
 def test_no_model_and_no_data(world, tmp_path, capsys):
@@ -279,7 +328,7 @@ def test_no_model_and_no_data(world, tmp_path, capsys):
     (tmp_path / "o" / "w8a8-rtn" / "mine.txt").write_text("x")
     words = ["quantize", str(tmp_path / "bare"), "--out", str(tmp_path / "o"), "--resume"]
     assert cli.main(words) == 2
-    assert "holds other files (mine.txt)" in capsys.readouterr().err
+    assert "already holds other files (w8a8-rtn)" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "o").iterdir()] == ["w8a8-rtn"]
 
 

@@ -47,16 +47,39 @@ def test_calibration_without_data_draws_the_same(vision):
     _, batches = opened.calibration(vision, CONFIG, 3)
     assert [b["pixel_values"].shape for b in batches] == [(4, 8, 8, 3)] * 2
     assert abs(batches[0]["pixel_values"] - batches[1]["pixel_values"]).max() > 0.1
+    _, some = opened.calibration(vision, dataclasses.replace(CONFIG, examples=6), 3)
+    np.testing.assert_array_equal(some[1]["pixel_values"], batches[1]["pixel_values"][:2])
 
 
-def test_what_is_recorded_is_what_was_used():
+def test_what_is_recorded_is_what_was_used(vision):
     for method, there in (("zsaq", True), ("random", False), ("rtn", False)):
-        notes = methods.describe(CONFIG, method)
-        assert ("candidates" in notes, "generator_lr" in notes) == (there, there)
+        notes = methods.describe(vision, CONFIG, method)
+        assert ("generator_lr" in notes, "info_bonus" in notes) == (there, there)
         assert ("images" in notes) == (method != "rtn")
-    assert methods.describe(CONFIG, "gptq")["images"] == "leaves"
+        assert not {"adapter", "candidates", "length"} & set(notes)  # of texts
+    assert methods.describe(vision, CONFIG, "gptq")["images"] == "leaves"
     known = dataclasses.replace(CONFIG, calibration="data")
-    assert "images" not in methods.describe(known, "gptq")
+    assert "images" not in methods.describe(vision, known, "gptq")
+    begun = dataclasses.replace(known, start="gptq")
+    assert methods.describe(vision, begun, "zsaq")["calibration"] == "data"
+    assert "start" not in methods.describe(vision, begun, "gptq")
+
+
+def test_a_text_is_recorded_as_long_as_it_was():
+    model = small.encoder()
+    read = opened.Opened(model, {}, None, None, None, None)
+    config = dataclasses.replace(CONFIG, length=999)
+    notes = methods.describe(read, config, "zsaq")
+    assert notes["length"] == 16  # what the model reads
+    assert notes["adapter"] == "soft_embed"
+    assert "images" not in notes
+
+
+@pytest.mark.parametrize(("name", "value"), [("adapter", "linear"), ("length", 7)])
+def test_settings_of_texts_are_not_for_images(vision, name, value):
+    config = dataclasses.replace(CONFIG, **{name: value})
+    with pytest.raises(ValueError, match=f"{name}={value} does not go with model, which reads im"):
+        methods.check(vision, config)
 
 
 def test_words_are_not_for_images(vision):

@@ -12,7 +12,7 @@ from steppe.train.quantize import baselines, calibrate, generator, zsaq
 from steppe.train.quantize.baselines import awq, errors, qat, rtn, smooth
 from steppe.train.quantize.game import Terms, discrepancy, game
 from steppe.train.quantize.generator import Generator, Synthetic
-from steppe.train.quantize.gptq import gptq
+from steppe.train.quantize.gptq import compensated, gptq, start
 from steppe.train.quantize.zsaq import make_zsaq_step, players, result
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "awq",
     "baselines",
     "calibrate",
+    "compensated",
     "discrepancy",
     "errors",
     "game",
@@ -33,5 +34,6 @@ __all__ = [
     "result",
     "rtn",
     "smooth",
+    "start",
     "zsaq",
 ]

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from steppe.models import fake_quant as fq
 from steppe.models import quantized, tree
 from steppe.models.model import Model
+from steppe.models.overlays.overlay import kernel_paths
 from steppe.models.quantized import Quantized, QuantRules
 from steppe.models.sites import Site, SiteContext
 from steppe.models.tree import Params
@@ -115,7 +116,7 @@ def magnitudes(
     """
     base = base_of(model)
     if sites is None:
-        sites = [s for s in quantized.kernel_paths(quantized.unquant(params)[0]) if s in base.sites]
+        sites = [s for s in kernel_paths(quantized.unquant(params)[0]) if s in base.sites]
 
     def largest(x: jax.Array, live: jax.Array | None) -> jax.Array:
         size = jnp.abs(x) if live is None else jnp.where(live, jnp.abs(x), 0.0)
@@ -159,7 +160,7 @@ def observe(
       ValueError: there is no batch.
     """
     own, extra = quantized.unquant(params)
-    paths = quantized.kernel_paths(own)
+    paths = kernel_paths(own)
     tap = _tap(statistic)
 
     def attached(slots: Mapping[str, Any]) -> dict[str, Site]:

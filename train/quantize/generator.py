@@ -35,7 +35,7 @@ from steppe.models.tree import Params
 from steppe.models.vision import VisionConfig
 from steppe.train.quantize import adapters
 from steppe.train.quantize.adapters import TABLE, Kind, Synthetic, normal_kernel, positive
-from steppe.train.quantize.scenes import dead_leaves
+from steppe.train.quantize.scenes import check_layers, dead_leaves
 
 __all__ = [
     "Generator",
@@ -249,8 +249,8 @@ def pixels(
       size: side in pixels; None = the teacher's.
       noise_width, hidden: of the noise, and of the hidden layer.
       scenes: what the network says is added to dead leaves (see ``scenes``) drawn anew each time,
-        a tenth of their contrast at first: the game begins among inputs that the teacher tells
-        apart.
+        less than a tenth of their contrast at first: the game begins among inputs that the
+        teacher tells apart.
 
     Raises:
       ValueError: a teacher that sees no images, or a size that is no multiple of its patch.
@@ -288,6 +288,7 @@ def leaves(teacher: Model, *, rows: int, size: int | None = None, layers: int = 
       ValueError: as :func:`pixels`; layers < 0.
     """
     shape = _images(teacher, rows, size)
+    check_layers(layers)
 
     def apply(y: Params, params: Params, key: jax.Array) -> Synthetic:
         return Synthetic({"pixel_values": dead_leaves(key, shape, layers)}, None)
@@ -304,6 +305,8 @@ def _images(teacher: Model, rows: int, size: int | None) -> tuple[int, int, int,
     side = config.image_size if size is None else size
     if side < 1 or side % config.patch:
         raise ValueError(f"size must be a multiple of the patch {config.patch}, got {side}")
+    if side < 2:
+        raise ValueError("size must be >= 2: an image of one pixel has no variance")
     return rows, side, side, config.channels
 
 

@@ -17,9 +17,11 @@ H cannot be inverted in float32 a layer falls back to rounding to nearest.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Mapping
-from typing import Any
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +31,12 @@ from steppe.models import quantized, tree
 from steppe.models.quantized import QuantConfig, QuantRules
 from steppe.models.tree import Params
 from steppe.train.quantize.baselines import each_kernel
-from steppe.train.quantize.calibrate import check_inputs
+from steppe.train.quantize.calibrate import check_inputs, with_entries
 
-HIGHEST = jax.lax.Precision.HIGHEST
+# (kernel, its path and scheme, entries of ``quant``) -> what ``compensated`` gives.
+Solve: TypeAlias = Callable[
+    [jax.Array, str, QuantConfig, Mapping[str, Any]], tuple[jax.Array, fq.Grid]
+]
 
 
 def gptq(
@@ -55,17 +60,75 @@ def gptq(
       ValueError: damping, a Gram that does not fit its kernel or is not finite, no Gram at all
         for the kernels that are rounded; as ``quantized.quantize``.
     """
-    if not damping > 0:
-        raise ValueError(f"damping must be > 0, got {damping}")
-    flat = tree.flatten(grams)
-    own, extra = quantized.unquant(params)
-    chosen = quantized.resolve(own, rules)
-    if not any(path in flat for path in chosen):
-        raise ValueError("grams hold none of the kernels: collect them with calibrate.grams")
+    solve, flat = _solver(params, grams, rules, damping, act_order)
+    _, extra = quantized.unquant(params)
 
     def one(w: jax.Array, path: str, config: QuantConfig) -> fq.Grid:
         if path not in flat:
             return fq.quantize(w, config.w_bits, group=config.group, fit=config.fit)
+        return solve(w, path, config, extra)[1]
+
+    return each_kernel(params, rules, one)
+
+
+def start(
+    params: Params,
+    grams: Mapping[str, Any],
+    rules: QuantRules,
+    *,
+    damping: float = 0.01,
+    act_order: bool = False,
+) -> tuple[Params, QuantRules]:
+    """Float parameters that round to what :func:`gptq` gives, for a student to learn from there.
+
+    A kernel is W' = W with the errors of earlier rows taken up, as each row was when it was
+    rounded: round(W' / s) are GPTQ's integers, and W' is as far from the next integer as it came
+    to be, which a kernel that stands on its grid is not. The steps s do not follow the kernel any
+    more: they stand in ``params["quant"]``, and the rules read them there (``fit="fixed"``).
+
+    Args:
+      params, grams, damping, act_order: see :func:`gptq`.
+      rules: of kernels that are not smoothed.
+
+    Returns:
+      The parameters, and ``rules`` path by path, for ``quantized.wrap`` and
+      ``quantized.quantize``. Kernels without a Gram matrix are as they were in both.
+
+    Raises:
+      ValueError: a rule with ``smooth``; as :func:`gptq`.
+    """
+    solve, flat = _solver(params, grams, rules, damping, act_order)
+    own, extra = quantized.unquant(params)
+    pairs, made = [], {}
+    entries: dict[str, dict[str, jax.Array]] = {}
+    for path, config in quantized.resolve(own, rules).items():
+        if config.smooth:
+            raise ValueError(
+                f"rules smooth {path!r}: start takes kernels as they are, smooth=False"
+            )
+        if config.w_bits != fq.BYPASS and path in flat:
+            w = tree.get(own, path)
+            quantized.check_finite(w, path)
+            live, grid = solve(w, path, config, extra)
+            made[path] = live.astype(w.dtype)
+            entries[quantized.site_of(path)] = {"step": grid.scale}
+            config = dataclasses.replace(config, fit="fixed")
+        pairs.append((re.escape(path), config))
+    return with_entries(tree.replace(params, made), entries), tuple(pairs)
+
+
+def _solver(
+    params: Params, grams: Mapping[str, Any], rules: QuantRules, damping: float, act_order: bool
+) -> tuple[Solve, dict[str, Any]]:
+    """``compensated`` for kernels of any stack, and the Gram matrices by path."""
+    if not damping > 0:
+        raise ValueError(f"damping must be > 0, got {damping}")
+    flat = tree.flatten(grams)
+    chosen = quantized.resolve(quantized.unquant(params)[0], rules)
+    if not any(path in flat for path in chosen):
+        raise ValueError("grams hold none of the kernels: collect them with calibrate.grams")
+
+    def solve(w: jax.Array, path: str, config: QuantConfig, extra: Mapping[str, Any]) -> Any:
         gram = jnp.asarray(flat[path], jnp.float32)
         if tuple(gram.shape) != (*w.shape[:-1], w.shape[-2]):
             raise ValueError(
@@ -76,23 +139,21 @@ def gptq(
         if config.smooth:
             s = extra[quantized.site_of(path)]["smooth"]
             gram = gram / (s[..., :, None] * s[..., None, :])
-        solve = functools.partial(
-            solved,
+        one = functools.partial(
+            compensated,
             bits=config.w_bits,
             group=config.group,
             damping=damping,
             act_order=act_order,
             fit=config.fit,
         )
-        if w.ndim == 2:
-            return solve(w, gram)
-        return fq.Grid(*_stack(solve, w, gram))
+        return one(w, gram) if w.ndim == 2 else _stack(one, w, gram)
 
-    return each_kernel(params, rules, one)
+    return solve, flat
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "group", "act_order", "fit"))
-def solved(
+def compensated(
     w: jax.Array,
     gram: jax.Array,
     *,
@@ -101,8 +162,12 @@ def solved(
     damping: float = 0.01,
     act_order: bool = False,
     fit: fq.Fit = "absmax",
-) -> fq.Grid:
-    """The grid of one kernel [in, out] with the Gram matrix [in, in] of its inputs."""
+) -> tuple[jax.Array, fq.Grid]:
+    """One kernel [in, out] with the Gram matrix [in, in] of its inputs.
+
+    Returns:
+      Its rows as they were when they were rounded, float32 [in, out], and the grid.
+    """
     inputs = w.shape[0]
     size = inputs if group is None else group
     top = 2 ** (bits - 1) - 1
@@ -129,13 +194,14 @@ def solved(
         later = jnp.where(jnp.arange(inputs) > i, upper[i], 0.0)
         return live - later[:, None] * error[None], q.at[i].set(code), scale
 
-    _, q, scale = jax.lax.fori_loop(0, inputs, row, (live, jnp.zeros_like(live), fixed))
-    q = jnp.zeros_like(q).at[order].set(q)
+    live, q, scale = jax.lax.fori_loop(0, inputs, row, (live, jnp.zeros_like(live), fixed))
+    live, q = (jnp.zeros_like(rows).at[order].set(rows) for rows in (live, q))
     plain = fq.quantize(w, bits, group=group, fit=fit)
     fine = jnp.isfinite(upper).all() & jnp.isfinite(q).all() & jnp.isfinite(scale).all()
-    return fq.Grid(
+    grid = fq.Grid(
         jnp.where(fine, q, plain.q).astype(jnp.int8), jnp.where(fine, scale, plain.scale)
     )
+    return jnp.where(fine, live, w.astype(jnp.float32)), grid
 
 
 def _upper(gram: jax.Array, damping: float) -> jax.Array:
@@ -151,9 +217,12 @@ def _upper(gram: jax.Array, damping: float) -> jax.Array:
     return jnp.linalg.cholesky((inverse + inverse.T) / 2).T
 
 
-def _stack(solve: Any, w: jax.Array, gram: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _stack(one: Any, w: jax.Array, gram: jax.Array) -> tuple[jax.Array, fq.Grid]:
     """Layer by layer, so that the work space is that of one kernel."""
     lead = w.shape[:-2]
     flat = (w.reshape(-1, *w.shape[-2:]), gram.reshape(-1, *gram.shape[-2:]))
-    found = jax.jit(lambda pair: jax.lax.map(lambda each: solve(*each), pair))(flat)
-    return tuple(part.reshape(*lead, *part.shape[1:]) for part in found)
+    found = jax.jit(lambda pair: jax.lax.map(lambda each: one(*each), pair))(flat)
+    split: tuple[jax.Array, fq.Grid] = jax.tree.map(
+        lambda leaf: leaf.reshape(*lead, *leaf.shape[1:]), found
+    )
+    return split

@@ -6,8 +6,9 @@
               to 3) is above a level drawn for the image: regions with edges, which hide each other
 
 Every texture has a contrast, a brightness and a hue of its own, and every image mean 0 and variance
-1, as normalised ones have on average. A vision model answers white noise all alike; these it tells
-apart (``generator.information``: RESULTS, Quantization).
+1, as normalised ones have on average (one that came out without contrast keeps one colour: 1 up to
+the EPSILON of ``adapters.standard``). A vision model answers noise without structure all alike;
+these it tells apart (``generator.information``: RESULTS, Quantization).
 
 Field, JOSA A 1987, for the spectrum; Lee, Mumford, Huang, IJCV 2001, for dead leaves; Baradad et
 al., NeurIPS 2021 (arXiv 2106.05963), learn to see from both. The ranges are ours.
@@ -15,7 +16,6 @@ al., NeurIPS 2021 (arXiv 2106.05963), learn to see from both. The ranges are our
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ from steppe.train.quantize.adapters import standard
 
 EXPONENTS = (0.5, 3.0)
 SMOOTH = (2.0, 3.0)
+STEEPEST = 8  # f^-a stays in float32
 IMAGE = (1, 2, 3)
 
 
@@ -42,7 +43,8 @@ def texture(
       shape: N, H, W, C.
 
     Raises:
-      ValueError: a size below 1 (below 2 for H and W), exponents that are not in order.
+      ValueError: a size below 1 (below 2 for H and W), exponents that are not in order or above
+        8.
     """
     _check(shape, exponents)
     count, height, width, channels = shape
@@ -55,7 +57,7 @@ def texture(
     down = np.fft.fftfreq(height)[:, None]
     across = np.fft.rfftfreq(width)[None, :]
     frequency = np.hypot(down, across)
-    frequency[0, 0] = min(1 / height, 1 / width)  # the mean, which is taken away again
+    frequency[0, 0] = min(1 / height, 1 / width)  # a channel's mean, as its slowest wave
     gain = jnp.float32(frequency)[None, :, :, None] ** -slope
     waves = jnp.fft.rfft2(mixed, axes=(1, 2)) * gain
     return standard(jnp.fft.irfft2(waves, s=(height, width), axes=(1, 2)), IMAGE)
@@ -78,8 +80,7 @@ def dead_leaves(
       ValueError: as :func:`texture`; layers < 0.
     """
     _check(shape, exponents)
-    if not isinstance(layers, int) or isinstance(layers, bool) or layers < 0:
-        raise ValueError(f"layers must be a whole number >= 0, got {layers!r}")
+    check_layers(layers)
     first, *others = jax.random.split(key, 1 + layers)
     image = _surface(first, shape, exponents)
     for key in others:
@@ -88,6 +89,12 @@ def dead_leaves(
         leaf = texture(b, (*shape[:3], 1), SMOOTH) > level
         image = jnp.where(leaf, _surface(c, shape, exponents), image)
     return standard(image, IMAGE)
+
+
+def check_layers(layers: Any) -> None:
+    """Raises ValueError for what is no whole number >= 0."""
+    if not isinstance(layers, int) or isinstance(layers, bool) or layers < 0:
+        raise ValueError(f"layers must be a whole number >= 0, got {layers!r}")
 
 
 def _surface(key: jax.Array, shape: Any, exponents: tuple[float, float]) -> jax.Array:
@@ -101,8 +108,14 @@ def _surface(key: jax.Array, shape: Any, exponents: tuple[float, float]) -> jax.
 
 def _check(shape: Any, exponents: Any) -> None:
     least = (1, 2, 2, 1)
-    if len(shape) != 4 or any(n < low for n, low in zip(shape, least, strict=True)):
-        raise ValueError(f"shape must be (N, H, W, C) with H, W >= 2, got {tuple(shape)}")
-    low, high = exponents
-    if not (math.isfinite(low) and math.isfinite(high) and 0 <= low <= high):
-        raise ValueError(f"exponents must be two finite numbers 0 <= low <= high, got {exponents}")
+    sizes = tuple(shape)
+    whole = len(sizes) == 4 and all(isinstance(n, int) for n in sizes)
+    if not whole or any(n < low for n, low in zip(sizes, least, strict=True)):
+        raise ValueError(
+            f"shape must be (N, H, W, C) of whole numbers, N, C >= 1, H, W >= 2, got {sizes}"
+        )
+    pair = tuple(exponents)
+    if len(pair) != 2 or not 0 <= pair[0] <= pair[1] <= STEEPEST:
+        raise ValueError(
+            f"exponents must be two finite numbers 0 <= low <= high <= {STEEPEST}, got {exponents}"
+        )

@@ -16,7 +16,7 @@ from steppe.models import integer, quantized, tree
 from steppe.models.quantized import QuantConfig
 from steppe.train import objectives, quantize, step
 from steppe.train.quantize import baselines, calibrate, generator
-from steppe.train.quantize.gptq import solved
+from steppe.train.quantize.gptq import compensated
 
 small = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "small.py")))
 BERT = small.teacher(small.encoder())
@@ -57,7 +57,7 @@ def test_gptq_against_brute_force(bits):
     w, x = correlated()
     gram = x.T @ x / len(x)
     q, s = brute(w, gram, bits)
-    found = solved(jnp.asarray(w), jnp.asarray(gram), bits=bits)
+    _, found = compensated(jnp.asarray(w), jnp.asarray(gram), bits=bits)
     np.testing.assert_allclose(found.scale[0], s, rtol=1e-5)
     # A weight at the border of two integers may fall to either side in float32.
     assert (np.asarray(found.q) != q).mean() < 0.02
@@ -70,7 +70,7 @@ def test_gptq_lowers_the_output_error(options):
     gram = jnp.asarray(x.T @ x / len(x))
     shape = {name: value for name, value in options.items() if name != "act_order"}
     plain = fq.quantize(jnp.asarray(w), 3, **shape)
-    better = solved(jnp.asarray(w), gram, bits=3, **options)
+    _, better = compensated(jnp.asarray(w), gram, bits=3, **options)
     errors = [
         float(baselines.output_error(w, fq.dequantize(*grid), gram)) for grid in (plain, better)
     ]
@@ -81,7 +81,7 @@ def test_gptq_lowers_the_output_error(options):
 def test_gptq_of_inputs_without_correlation_is_rounding():
     w, _ = correlated()
     gram = jnp.diag(jnp.asarray(RNG.random(24) + 0.5, jnp.float32)).at[3, 3].set(0.0)
-    found, plain = solved(jnp.asarray(w), gram, bits=4), fq.quantize(jnp.asarray(w), 4)
+    (_, found), plain = compensated(jnp.asarray(w), gram, bits=4), fq.quantize(jnp.asarray(w), 4)
     np.testing.assert_array_equal(found.q, plain.q)
     np.testing.assert_array_equal(found.scale, plain.scale)
 
