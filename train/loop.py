@@ -340,7 +340,8 @@ def _stop_requests() -> Iterator[Callable[[], int]]:
     """Notes Ctrl-C and SIGTERM instead of dying in the middle of a step; yields a function that
     says which came, 0 for none, and is called once a turn.
 
-    A second one has its usual effect. Outside the main thread signals are left alone. With
+    A second one has its usual effect, and so has one that nobody asked about before the end, where
+    a handler waits for it. Outside the main thread signals are left alone. With
     several processes, which must stop at the same step, jax's preemption service is asked;
     it has its own handler of SIGTERM. A handler before this one that has an attribute ``asked``
     says by it that its signal has come, and that what it raised was lost.
@@ -375,3 +376,6 @@ def _stop_requests() -> Iterator[Callable[[], int]]:
         yield lambda: seen[0] if seen else 0
     finally:
         restore()
+    # It came during the last step: the run is complete, what follows it is to end all the same.
+    if seen and callable(before[seen[0]]):
+        signal.raise_signal(seen[0])

@@ -308,6 +308,40 @@ def test_a_sigterm_whose_exception_was_lost_stops_the_run_at_its_first_step(
     assert checkpoints.steps == [1]
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_request_during_the_last_step_ends_what_follows(tmp_path, train, number):
+    """The run is complete and saved; a command of many runs must not begin the next one."""
+
+    class Asked(Exception):
+        pass
+
+    def handler(number, frame):
+        raise Asked
+
+    def act(batch):
+        os.kill(os.getpid(), number)
+        time.sleep(0)
+        return batch
+
+    before = signal.signal(number, handler)
+    checkpoints, rows = Checkpoints(tmp_path), Rows()
+    try:
+        with pytest.raises(Asked):
+            loop.run(
+                train,
+                fresh(),
+                toy.Batches(act={5: act}),
+                steps=5,
+                checkpoints=checkpoints,
+                writers=[rows],
+            )
+        assert signal.getsignal(number) is handler
+    finally:
+        signal.signal(number, before)
+    assert checkpoints.steps == [5]
+    assert [row["step"] for row in rows.rows] == [5]
+
+
 def test_several_processes_ask_with_the_turns_of_the_process(train, monkeypatch):
     """The service says yes to 1 alone where SIGTERM came before the first turn, as in a restore."""
     from jax.experimental import multihost_utils
