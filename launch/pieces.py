@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from steppe.data import batches as batches_
-from steppe.launch import balance, kinds, optimiser, overlays, probe, setup
+from steppe.launch import balance, kinds, optimiser, overlays, probe, samples, setup
 from steppe.launch import config as config_
 from steppe.launch.config import FinetuneConfig
 from steppe.models import pretrained, tree
@@ -111,6 +111,7 @@ def build(
     kind = data.task.kind
     plan = plan_of(config, bare)
     _check_batch(config, plan)
+    samples.check_room(kind, config.samples, config.sample_tokens, bare.max_length)
     loaded = load(config, origin, data, plan) if loaded is None else loaded
     if config.probe:
         probe.check(loaded.model, kind)

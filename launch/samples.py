@@ -88,11 +88,29 @@ def choose(
         if len(found.prompts) == count:
             break
     if not found.prompts and limit is not None and tokens >= limit // 2:
-        raise ValueError(
-            f"sample_tokens={tokens} leaves no room for a prompt in the model's {limit} "
-            "positions; lower it"
-        )
+        raise ValueError(_no_room(tokens, limit))
     return found if found.prompts else None
+
+
+def check_room(kind: str, count: int, tokens: int, limit: int | None) -> None:
+    """Refuses before a run what :func:`choose` could only refuse after it.
+
+    Args:
+      kind: of the task; count, tokens, limit: as :func:`choose` is to be given them.
+
+    Raises:
+      ValueError: not even an empty prompt leaves room for so many tokens.
+    """
+    goes_on = kind in kinds.WRITTEN and kind != "seq2seq"
+    if goes_on and count and limit is not None and tokens >= limit:
+        raise ValueError(_no_room(tokens, limit))
+
+
+def _no_room(tokens: int, limit: int) -> str:
+    return (
+        f"sample_tokens={tokens} leaves no room for a prompt in the model's {limit} positions; "
+        "lower it"
+    )
 
 
 def _cut(dataset: Any, number: int, task: str) -> tuple[np.ndarray, np.ndarray] | None:

@@ -134,11 +134,15 @@ def _source(given: str, task: str) -> Source:
 
 def _across(config: DistillConfig, error: ValueError) -> str:
     first = str(error).split(". A divergence")[0].split(": they are not")[0]
+    if config.scheme == "seqkd":
+        said = "The teacher's texts are learnt as its own tokens here; across tokenizers"
+    else:
+        said = f"scheme={config.scheme!r} compares token by token; across tokenizers"
     return (
-        f"{first}. scheme={config.scheme!r} compares token by token; across tokenizers "
-        "sequence-level distillation (SeqKD) works: let the teacher write (steppe generate "
-        f"{config.teacher} --prompts FILE --out TEXTS) and fine-tune the student on it "
-        "(steppe finetune --data.source file:TEXTS)"
+        f"{first}. {said} sequence-level distillation (SeqKD) works in two commands: let the "
+        f"teacher write (steppe generate {config.teacher} --prompts FILE --out TEXTS.jsonl) and "
+        "fine-tune the student on it (steppe finetune --data.source file:TEXTS.jsonl --data.task "
+        "chat --data.answer text)"
     )
 
 

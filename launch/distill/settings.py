@@ -267,6 +267,8 @@ class DistillConfig:
         sizes: dict[str, Any] = {}
         for part in behind.split(",") if behind else ():
             name, _, text = part.partition("=")
+            if name in sizes:
+                raise ValueError(f"student={self.student!r} names {name} twice")
             if name == "how" and text in ("even", "first", "last"):
                 sizes[name] = text
             elif name in CUTS and text.isdecimal() and int(text):
@@ -282,8 +284,13 @@ class DistillConfig:
                 raise ValueError(f"{name} is given in student={self.student!r} and as an option")
             if value is not None:
                 sizes[name] = value
-        if "layers" in sizes and self.how != "even":
+        if self.how != "even":
             sizes.setdefault("how", self.how)
+        if "how" in sizes and "layers" not in sizes:
+            raise ValueError(
+                f"how={sizes['how']!r} says which layers stay, and no number is given: add "
+                "--layers, or leave how out"
+            )
         return Cut(source or (TEACHER if sizes else ""), sizes)
 
     def training(self) -> FinetuneConfig:

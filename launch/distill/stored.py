@@ -18,13 +18,13 @@ from steppe.launch.distill.settings import DistillConfig
 from steppe.launch.pieces import rows_of
 from steppe.launch.progress import Line
 from steppe.train.distill import offline
-from steppe.train.distill.store import MANIFEST, Store
+from steppe.train.distill.store import MANIFEST, Store, StoreError
 
 DTYPE = "float16"
 
 
 def ready(config: DistillConfig, teacher: Any, data: setup.Data, vocab: int | None) -> Store:
-    """The store of the settings, written, or finished, where it is not complete.
+    """The store of the settings, written, finished or mended, where it is not complete and whole.
 
     Args:
       teacher: ``pretrained.Loaded``.
@@ -45,8 +45,11 @@ def ready(config: DistillConfig, teacher: Any, data: setup.Data, vocab: int | No
     folder, split = Path(config.store).expanduser(), data.splits["train"]
     words, texts = offline.tokenizer_hash(data.tokenizer), offline.dataset_hash(split)
     temperature = 1.0 if config.temperature is None else config.temperature
-    there = (folder / MANIFEST).is_file()
-    if not there or not Store(folder, partial=True).manifest["complete"]:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(
+            f"store={config.store!r} is a file: name the folder of a store, or a new one"
+        )
+    if not _whole(folder):
         if jax.process_count() > 1:
             raise ValueError(
                 f"store={config.store!r} is not complete, and is written by a single process: run "
@@ -78,6 +81,19 @@ def ready(config: DistillConfig, teacher: Any, data: setup.Data, vocab: int | No
                 f"{found}, or another folder"
             )
     return held
+
+
+def _whole(folder: Path) -> bool:
+    """Whether a store is complete and every shard is what was written; if not, the writer goes on
+    with it, and replaces what is damaged."""
+    if not (folder / MANIFEST).is_file():
+        return False
+    store = Store(folder, partial=True)
+    try:
+        store.check()
+    except StoreError:
+        return False
+    return bool(store.manifest["complete"])
 
 
 class Stored:

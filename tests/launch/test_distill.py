@@ -336,6 +336,9 @@ def test_what_does_not_go_together(capsys, reviews, taught, tmp_path):
         (["--data.task=token"], "data.task='token' is not distilled"),
         (["--student=teacher:depth=2"], "'depth=2' is no size"),
         (["--layers=2", "--student=teacher:layers=1"], "layers is given in student="),
+        (["--student=teacher:layers=1,layers=2"], "names layers twice"),
+        (["--student=teacher:how=first"], "how='first' says which layers stay, and no number"),
+        (["--student=teacher", "--how=last"], "how='last' says which layers stay, and no number"),
         (["--student=teacher:layers=9"], "layers=9 is more than the 2 of"),
         (["--student=teacher:heads=9"], "heads=9 is more than the 2 of"),
         (["--student=teacher:width=99"], "width=99 is more than the 16 of"),
@@ -371,6 +374,12 @@ def test_models_that_do_not_fit(capsys, tiny, reviews, taught, tmp_path):
     given = (f"--teacher={tiny.llama}", f"--student={larger}")
     says = ("id 16 is 'i' to the student and none to the teacher", "(SeqKD) works")
     mistake(capsys, written(tiny, out, *given), *says)
+    given = (f"--teacher={tiny.llama}", f"--student={larger}", "--scheme=seqkd")
+    mistake(
+        capsys, written(tiny, out, *given), "are learnt as its own tokens", "--data.answer text"
+    )
+    given = (f"--teacher={tiny.llama}", "--student=teacher:layers=1", "--sample-tokens=999")
+    mistake(capsys, written(tiny, out, *given, "--samples=2"), "sample_tokens=999 leaves no room")
     given = (f"--teacher={taught}", "--student=teacher:layers=1")
     mistake(capsys, written(tiny, out, *given), "data.task='chat' needs a model of kind decoder")
     # The data knows a class that the teacher does not.

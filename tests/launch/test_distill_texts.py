@@ -266,6 +266,14 @@ def test_a_store_takes_the_place_of_the_teacher(tiny, tmp_path):
     assert float(metrics["loss"][0]) / float(metrics["loss"][1]) == pytest.approx(wanted, rel=1e-3)
     build(language(tiny, scheme="kd", top_k=4, store=folder, steps=3))
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "store").iterdir()} == files
+    (shard,) = (tmp_path / "store").glob("*.safetensors")
+    whole = shard.read_bytes()
+    for damaged in (whole[:-1] + bytes([whole[-1] ^ 1]), whole[:-5], None):  # mended before the run
+        shard.unlink() if damaged is None else shard.write_bytes(damaged)
+        build(language(tiny, scheme="kd", top_k=4, store=folder))
+        assert shard.read_bytes() == whole
+    with pytest.raises(ValueError, match=r"store='.*' is a file: name the folder of a store"):
+        build(language(tiny, scheme="kd", top_k=4, store=str(shard)))
     with pytest.raises(ValueError, match=r"top_k=3 is not that of store=.*, 4: give top_k 4, or"):
         build(language(tiny, scheme="kd", top_k=3, store=folder))
     with pytest.raises(ValueError, match="was made with another teacher"):
