@@ -17,8 +17,9 @@ Zhong et al., ACL 2024 (arXiv 2402.11890).
 Deviations: the quantile is the lower one, index floor((1 - k)(n - 1)) of the sorted values, for
 k = 1/2 torch's median. The first end-of-sequence token counts, as the label mask says; the
 published code drops it together with the padding. It takes the logarithm of probabilities,
-infinite where one underflows. An objective sees the rows of one micro-batch, and the threshold
-is theirs, unless ``with_threshold`` has put that of the whole batch into it.
+infinite where one underflows. Tokens with p_y below 6e-8 tie at UNC = 1. An objective sees the
+rows of one micro-batch, and the threshold is theirs, unless ``with_threshold`` has put that of
+the whole batch into it.
 """
 
 from __future__ import annotations
