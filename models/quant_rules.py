@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -52,6 +52,19 @@ class QuantConfig:
     def fixed(self) -> bool:
         """Whether the layer's kernel has steps that do not follow it."""
         return self.fit == "fixed" and self.w_bits != fq.BYPASS
+
+    @property
+    def own_fit(self) -> fq.Fit:
+        """``fit`` for a method that makes the steps itself.
+
+        Raises:
+          ValueError: they are fixed.
+        """
+        if self.fit == "fixed":
+            raise ValueError(
+                "fit='fixed' has steps already: give a method that makes its own 'absmax' or 'mse'"
+            )
+        return self.fit
 
     def __post_init__(self) -> None:
         fq.check_bits(self.w_bits, "w_bits")

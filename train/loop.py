@@ -377,5 +377,5 @@ def _stop_requests() -> Iterator[Callable[[], int]]:
     finally:
         restore()
     # It came during the last step: the run is complete, what follows it is to end all the same.
-    if seen and callable(before[seen[0]]):
+    if seen and callable(before[signal.Signals(seen[0])]):
         signal.raise_signal(seen[0])

@@ -46,7 +46,7 @@ def quantize(
         made.rules,
         labels=what.labels,
         tokenizer_dir=own,
-        notes={"bits": bits, "seed": seed, **methods.describe(config, method)},
+        notes={"bits": bits, "seed": seed, **methods.describe(held, config, method)},
     )
     # As it is in memory, and as it is read: kernels on their grids on both sides.
     still = quantized.wrap(model, made.rules, weights=False)

@@ -216,7 +216,7 @@ def _awq(w: jax.Array, gram: jax.Array, config: QuantConfig, points: int) -> jax
         s = safe**a
         s = s / jnp.sqrt(s.max(-1, keepdims=True) * s.min(-1, keepdims=True))
         moved = w * s[..., None]
-        scale = fq.steps(moved, bits, group=group, fit=config.fit)
+        scale = fq.steps(moved, bits, group=group, fit=config.own_fit)
         made = fq.fake_quant(moved, bits, axes, group=group, scale=scale) / s[..., None]
         error = output_error(w, made, gram)
         better = error < best[0]

@@ -65,7 +65,7 @@ def gptq(
 
     def one(w: jax.Array, path: str, config: QuantConfig) -> fq.Grid:
         if path not in flat:
-            return fq.quantize(w, config.w_bits, group=config.group, fit=config.fit)
+            return fq.quantize(w, config.w_bits, group=config.group, fit=config.own_fit)
         return solve(w, path, config, extra)[1]
 
     return each_kernel(params, rules, one)
@@ -145,7 +145,7 @@ def _solver(
             group=config.group,
             damping=damping,
             act_order=act_order,
-            fit=config.fit,
+            fit=config.own_fit,
         )
         return one(w, gram) if w.ndim == 2 else _stack(one, w, gram)
 

@@ -133,6 +133,8 @@ def test_mistakes(grams):
     fixed = dataclasses.replace(W3A8, fit="fixed")
     with pytest.raises(ValueError, match="no site at the input of 'head/"):
         quantized.wrap(MODEL, ((quantized.STACKED, fixed), (r"head/.*kernel", fixed)))
+    with pytest.raises(ValueError, match="fit='fixed' has steps already"):
+        quantize.start(PARAMS, grams, fixed)
     student = quantized.wrap(MODEL, fixed)
     with pytest.raises(ValueError, match="hold no quant/layers/attn.k/step: calibrate first"):
         student.apply(PARAMS, DATA[0])
