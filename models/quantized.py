@@ -245,7 +245,7 @@ def is_grid(node: Any) -> bool:
     return isinstance(node, Mapping) and set(node) == {"q", "scale"}
 
 
-# Rules ---------------------------------------------------------------------------------------
+# Checks --------------------------------------------------------------------------------------
 
 
 def with_entries(student: Quantized, params: Params) -> Params:

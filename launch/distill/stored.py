@@ -7,6 +7,8 @@ read the same folder. The teacher is opened all the same, for the report's compa
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,10 @@ def ready(config: DistillConfig, teacher: Any, data: setup.Data, vocab: int | No
         raise ValueError(
             f"store={config.store!r} is a file: name the folder of a store, or a new one"
         )
-    if not _whole(folder):
+    known = offline.teacher_hash(teacher.model, teacher.params)
+    at = functools.partial(Store, folder, teacher=known, tokenizer=words, dataset=texts)
+    held = _whole(at) if (folder / MANIFEST).is_file() else None
+    if held is None:
         if jax.process_count() > 1:
             raise ValueError(
                 f"store={config.store!r} is not complete, and is written by a single process: run "
@@ -69,8 +74,7 @@ def ready(config: DistillConfig, teacher: Any, data: setup.Data, vocab: int | No
                 tokenizer=words,
                 dataset=texts,
             )
-    known = offline.teacher_hash(teacher.model, teacher.params)
-    held = Store(folder, teacher=known, tokenizer=words, dataset=texts)
+        held = at()
     for name, found, wanted in (
         ("top_k", held.k, config.top_k),
         ("temperature", held.temperature, temperature),
@@ -83,17 +87,15 @@ def ready(config: DistillConfig, teacher: Any, data: setup.Data, vocab: int | No
     return held
 
 
-def _whole(folder: Path) -> bool:
-    """Whether a store is complete and every shard is what was written; if not, the writer goes on
+def _whole(at: Callable[..., Store]) -> Store | None:
+    """The store, if it is complete and every shard is what was written; if not, the writer goes on
     with it, and replaces what is damaged."""
-    if not (folder / MANIFEST).is_file():
-        return False
-    store = Store(folder, partial=True)
+    store = at(partial=True)
     try:
         store.check()
     except StoreError:
-        return False
-    return bool(store.manifest["complete"])
+        return None
+    return store if store.manifest["complete"] else None
 
 
 class Stored:

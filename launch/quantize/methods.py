@@ -216,11 +216,20 @@ def _game(
     terms = Terms(config.divergence, config.inter_layer, config.act_bonus, config.info_bonus)
     given = quantized.with_entries(student, params)
     state = zsaq.init(jax.random.key(seed), student, teacher, made, opt, params=given)
-    _answers_numbers(opened, config, made, state)
+    ask = _asking(opened, made)
+    if not bool(jnp.isfinite(ask(state, jax.random.key(0), 1)).all()):
+        raise ValueError(
+            f"{config.model} answers made inputs with NaN or infinity, from which nothing can be "
+            "learnt: its parameters are finite, its activations overflow; look at how it was "
+            "trained"
+        )
     train = zsaq.make_zsaq_step(student, opened.model, made, opt, terms=terms, steps=config.steps)
     said = _Said(tell, f"{method}, game", config.steps)
     state = _run(train, state, zsaq.Noise(), config.steps, folder, said)
-    told = _told(opened, made, state, seed, config.batch_size) if classifies(opened) else None
+    told = None
+    if classifies(opened):
+        answers = ask(state, jax.random.key(seed), max(1, 256 // config.batch_size))
+        told = float(generator.information(answers))
     return zsaq.result(state), _samples(opened, made, state, seed), told
 
 
@@ -283,27 +292,18 @@ def classifies(opened: Opened) -> bool:
     return head is not None and head.kind == "classification"
 
 
-def _answers_numbers(opened: Opened, config: QuantizeConfig, made: Any, state: Any) -> None:
-    """Refuses a float model that overflows on what it is to be asked."""
-    y, key = state.params.get(zsaq.GENERATOR, {}), jax.random.key(0)
-    (batch,) = generator.batches(made, y, opened.params, key, 1)
-    reads = generator.feeding(opened.model)
-    logits = jax.jit(lambda own, batch: reads.apply(own, batch).logits)(opened.params, batch)
-    if not bool(jnp.isfinite(logits).all()):
-        raise ValueError(
-            f"{config.model} answers made inputs with NaN or infinity, from which nothing can be "
-            "learnt: its parameters are finite, its activations overflow; look at how it was "
-            "trained"
-        )
-
-
-def _told(opened: Opened, made: Any, state: Any, seed: int, rows: int) -> float:
-    """``generator.information`` of the float classifier's answers to some 256 made inputs."""
-    y, key = state.params.get(zsaq.GENERATOR, {}), jax.random.key(seed)
+def _asking(opened: Opened, made: Any) -> Callable[[Any, jax.Array, int], jax.Array]:
+    """(state, key, count) -> the float model's logits of ``count`` batches that are made in that
+    state; one program for all calls."""
     reads = generator.feeding(opened.model)
     answer = jax.jit(lambda own, batch: reads.apply(own, batch).logits)
-    some = generator.batches(made, y, opened.params, key, max(1, 256 // rows))
-    return float(generator.information(jnp.concatenate([answer(opened.params, b) for b in some])))
+
+    def ask(state: Any, key: jax.Array, count: int) -> jax.Array:
+        y = state.params.get(zsaq.GENERATOR, {})
+        some = generator.batches(made, y, opened.params, key, count)
+        return jnp.concatenate([answer(opened.params, batch) for batch in some])
+
+    return ask
 
 
 def _samples(opened: Opened, made: Any, state: Any, seed: int) -> Any:
