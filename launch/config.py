@@ -229,7 +229,8 @@ class FinetuneConfig:
       drop: dropout rate; negative = the model's own.
       freeze: regexes of parameter paths that do not train.
       probe: train nothing but the head: a logistic regression on features that are computed
-        once. Classes only; the epochs, steps and optimiser settings are not used.
+        once, on prefixes of other runs too (``--overlay prefix-fixed:folders=RUN``). Classes
+        only; the epochs, steps and optimiser settings are not used.
       ema: decay of an exponential moving average of the weights, used for evaluation; 0 = off.
       compute_dtype: of the forward and backward pass; the master copy is float32.
       mesh: devices by axis, such as ``data=4,model=2``; empty = all on ``data``.
@@ -332,9 +333,15 @@ class FinetuneConfig:
                 f"balance.beta={self.balance.beta} balances the experts of LoRAMoE: add --overlay "
                 "loramoe"
             )
-        if self.probe and (self.lora.rank or self.overlay or self.freeze or self.ema):
+        if self.probe and (self.lora.rank or self.freeze or self.ema):
             raise ValueError(
                 "probe=True trains the head alone: it goes with neither lora, freeze nor ema"
+            )
+        learns = [o for o in self.overlay if o.split(":")[0] != "prefix-fixed"]
+        if self.probe and learns:
+            raise ValueError(
+                f"probe=True trains the head alone, and overlay={learns[0]} has parameters that "
+                "train: leave one of them out; only prefix-fixed has none"
             )
         if not self.drop < 1.0:
             raise ValueError(f"drop must be below 1, got {self.drop}")

@@ -160,7 +160,7 @@ def build(
         loaded,
         model,
         overlay,
-        probe.TRAINABLE if config.probe else trainable(model, config.freeze),
+        probe.trainable(overlay is not None) if config.probe else trainable(model, config.freeze),
         data,
         plan,
         tx,

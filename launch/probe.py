@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from steppe.models import tree
+from steppe.models.overlays.overlay import BASE
 from steppe.models.sites import Site
 from steppe.train import evaluate
 from steppe.train.evaluate import predict
@@ -22,8 +23,7 @@ from steppe.train.types import Params
 if TYPE_CHECKING:
     from steppe.launch.pieces import Pieces
 
-KERNEL, BIAS = "head/out/kernel", "head/out/bias"
-TRAINABLE = (KERNEL, BIAS)
+HEAD = ("head/out/kernel", "head/out/bias")
 
 
 def check(model: Any, kind: str) -> None:
@@ -34,11 +34,17 @@ def check(model: Any, kind: str) -> None:
     if kind != "classification":
         raise ValueError(f"probe fits classes, but the task is of kind {kind}; leave probe out")
     head = sorted(p for p in tree.paths(model.abstract()) if p.startswith("head/"))
-    if head != sorted(TRAINABLE):
+    if head != sorted(HEAD):
         raise ValueError(
             f"probe needs a head that is one linear layer with a bias, this model's has "
             f"{', '.join(head)}; freeze the rest with freeze instead"
         )
+
+
+def trainable(bound: bool) -> tuple[str, str]:
+    """Paths of the head's kernel and bias; ``bound``: below a fixed overlay."""
+    kernel, bias = (f"{BASE}/{path}" if bound else path for path in HEAD)
+    return kernel, bias
 
 
 def fit(pieces: Pieces, params: Params) -> Params:
@@ -50,11 +56,10 @@ def fit(pieces: Pieces, params: Params) -> Params:
     # (x - center) / scale @ kernel + bias, written as one linear layer.
     kernel = fitted.kernel / fitted.scale[:, None]
     bias = fitted.bias - fitted.center @ kernel
-    made = {KERNEL: kernel, BIAS: bias}
-    shardings = tree.flatten(pieces.plan.shardings(pieces.model.abstract()))
+    made = zip(trainable(pieces.overlay is not None), (kernel, bias), strict=True)
     placed = {
-        path: jax.device_put(np.asarray(value, np.float32), shardings[path])
-        for path, value in made.items()
+        path: jax.device_put(np.asarray(value, np.float32), pieces.plan.sharding(path, value.shape))
+        for path, value in made
     }
     return tree.unflatten(placed)
 

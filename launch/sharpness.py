@@ -245,8 +245,10 @@ def check_run(name: str) -> None:
     if not name or name.startswith("asset:"):
         raise ValueError("no run is named: steppe sharpness RUN, the folder of a run")
     if not folder.is_dir():
+        if folder.exists():
+            raise ValueError(f"{name} is a file; steppe sharpness takes the folder of a run")
         raise FileNotFoundError(f"run folder {name} does not exist")
-    if (folder / "table.json").is_file():
+    if (folder / "table.json").is_file() or (folder / "runs.jsonl").is_file():
         raise ValueError(
             f"{name} is a comparison, which keeps no models; steppe sharpness takes the folder "
             "of steppe finetune"

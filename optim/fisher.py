@@ -106,7 +106,7 @@ def n_of_m(fisher: Any, n: int, m: int, chosen: Any, excluded: bool) -> Any:
     def one(keys: Any, leaf: jax.Array, flag: bool) -> jax.Array:
         if not flag:
             return jnp.full(leaf.shape, excluded)
-        if dimensions(keys, leaf) < 2 or leaf.shape[-1] % m:
+        if not leaf.size or dimensions(keys, leaf) < 2 or leaf.shape[-1] % m:
             return jnp.ones(leaf.shape, bool)
         groups = leaf.reshape(*leaf.shape[:-1], -1, m)
         # Rank of each entry in its group; of equal ones the first goes first.

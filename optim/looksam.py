@@ -90,6 +90,8 @@ def looksam(
 
         def look(_: None) -> tuple[Any, Any]:
             sharp = gradient(displace(params, perturb(g, params, radius)))
+            # All branches must give the same types, whatever grad_fn returns.
+            sharp = jax.tree.map(lambda s, g: s.astype(g.dtype), sharp, g)
             share = safe_divide(dot(sharp, g), dot(g, g))
             kept = jax.tree.map(
                 lambda s, g: s.astype(jnp.float32) - share * g.astype(jnp.float32), sharp, g

@@ -229,7 +229,7 @@ def two_gradients(
         ascent: Any = None,
         **extra: Any,
     ) -> tuple[Any, SamState]:
-        check.state(state, SamState, "this one")
+        check.state(state, SamState, exact or "sam")
         if exact is not None:
             check.no_ascent(ascent, exact)
         first = First.of(grads, check.grad_fn(grad_fn, params), params, ascent)
@@ -301,7 +301,13 @@ def at_radius(
     if isinstance(rho, numbers.Real):
         return climb(rho)
     radius = radius_at(rho, steps)
-    return jax.lax.cond(radius == 0, lambda _: stay(), climb, radius)
+    kinds = jax.eval_shape(stay)
+
+    def like_stay(radius: Any) -> Any:
+        # Both branches must give the same types, whatever grad_fn returns.
+        return jax.tree.map(lambda leaf, kind: leaf.astype(kind.dtype), climb(radius), kinds)
+
+    return jax.lax.cond(radius == 0, lambda _: stay(), like_stay, radius)
 
 
 def radius_at(rho: Radius, steps: jax.Array) -> jax.Array:

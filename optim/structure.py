@@ -123,7 +123,7 @@ def groupwise(fisher: Any, keep_ratio: float, chosen: Any, excluded: bool, namin
     sizes: list[int] = []
     totals: list[tuple[np.ndarray, jax.Array]] = []
     for (keys, leaf), flag in zip(keyed, flags, strict=True):
-        if not flag:
+        if not flag or not leaf.size:
             labels.append(None)
             continue
         names = np.asarray(naming(path_of(keys), tuple(leaf.shape)), object)

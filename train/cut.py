@@ -23,6 +23,10 @@ from steppe.train.types import Objective
 
 # In place of hidden states whose final norm is not among a model's parts.
 NOTHING: Any = None
+_CURE = (
+    "must make the step's objective of a model, such as "
+    'lambda m: objectives.for_task(m, "classification")'
+)
 
 
 def at_layer(model: Model, layer: int, objective: Callable[[Model], Objective]) -> Cut:
@@ -37,6 +41,7 @@ def at_layer(model: Model, layer: int, objective: Callable[[Model], Objective]) 
 
     Raises:
       ValueError: the model has no parts, or the layer is not inside the stack.
+      TypeError: ``objective`` makes no objective of a model; it may be one itself.
 
     The model that ``objective`` is given returns logits; its ``hidden`` is None but for encoders.
     """
@@ -94,7 +99,13 @@ def at_layer(model: Model, layer: int, objective: Callable[[Model], Objective]) 
         return ModelOut(head(params, one, inputs, **mode), whole)
 
     upper = dataclasses.replace(model, apply=apply, parts=Parts(start, rest, head), decode=None)
-    return Cut(below, objective(upper), layer)
+    try:
+        above = objective(upper)
+    except TypeError as error:
+        raise TypeError(f"objective {_CURE}, got {objective!r} ({error})") from error
+    if not callable(above):
+        raise TypeError(f"objective {_CURE}, got {type(above).__name__} from {objective!r}")
+    return Cut(below, above, layer)
 
 
 def _first_token(model: Model) -> bool:

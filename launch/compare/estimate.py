@@ -54,7 +54,7 @@ def show(config: CompareConfig) -> dict[str, Any]:
         total["runs"] += len(runs)
         total["steps"] += sum(steps)
         total["gradients"] += work
-        scored = sum(config.transfer_limit for s in config.transfer if s != cell.source)
+        scored = sum(len(trials.material.whole(s)[1]) for s in config.transfer if s != cell.source)
         reported = len(runs) - len(choose)
         examples += len(choose) * counts["valid"] + reported * (counts["test"] + scored)
     console.print(table)

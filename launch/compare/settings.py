@@ -135,8 +135,10 @@ class CompareConfig:
             raise ValueError(f"sizes must be >= 0 (0 = all examples), got {min(self.sizes)}")
         if not all(0.0 <= share < 1.0 for share in self.noise):
             raise ValueError(f"noise must be shares in [0, 1), got {self.noise}")
-        for seed in (*self.seeds, *self.select_seeds):
-            dataclasses.replace(self.base, seed=seed)
+        for name in ("seeds", "select_seeds"):
+            for seed in getattr(self, name):
+                if not 0 <= seed < 2**32:
+                    raise ValueError(f"{name} must be in [0, 2^32), got {seed}")
         shared = sorted(set(self.seeds) & set(self.select_seeds))
         if shared:
             raise ValueError(
@@ -237,6 +239,8 @@ def parse_arm(text: str, base: FinetuneConfig) -> Arm:
             attached.append(f"{name}={value}")
         elif name == "rho":
             grid = tuple(sorted(_number(v, text) for v in value.split("/")))
+            if len(set(grid)) != len(grid):
+                raise ValueError(f"methods has a radius twice in {text!r}; give each once")
             continue
         else:
             values[name] = _value(name, value, text)

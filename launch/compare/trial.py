@@ -91,8 +91,9 @@ class Trials:
 
         Returns:
           steps; gradients (a step); train_s, seconds of the steps without compiling; train_loss,
-          mean over the last epoch. Trials that choose: valid. Trials that are reported: test,
-          correct (a digit for each test example), transfer, and curvature where asked for.
+          mean over the last epoch, or over what there is of it. Trials that choose: valid.
+          Trials that are reported: test, correct (a digit for each test example), transfer, and
+          curvature where asked for.
           A run that diverged has ``diverged`` in place of scores.
         """
         arm = self.arms[trial.arm]

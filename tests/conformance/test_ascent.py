@@ -461,6 +461,8 @@ def test_bad_ascents():
     for layer in (0, 2, 1.5):
         with pytest.raises(ValueError, match=r"layer must be in 1\.\.1 for 2 layers"):
             cut.at_layer(model, layer, factory)
+    with pytest.raises(TypeError, match="must make the step's objective of a model"):
+        cut.at_layer(model, 1, factory(model))
     for fraction in (0.0, -1, 1.5, float("nan"), True):
         with pytest.raises(ValueError, match=r"fraction must be in \(0, 1\]"):
             Ascent(fraction=fraction)

@@ -12,13 +12,14 @@ import pytest
 
 from steppe.launch import cli
 from steppe.launch import config as config_
-from steppe.launch.compare import command, material, schedule, table
+from steppe.launch.compare import command, curvature, material, schedule, table
 from steppe.launch.compare.journal import Journal, Trial
 from steppe.launch.compare.settings import Cell, CompareConfig, parse_arm
 from steppe.launch.compare.trial import Trials, with_rho, with_seed
 from steppe.launch.config import DataConfig, FinetuneConfig, OptimConfig
 from steppe.launch.pieces import start
 from steppe.launch.report import comparison
+from steppe.train.evaluate.curvature import NotFinite
 from steppe.train.evaluate.paired import paired
 
 pytestmark = pytest.mark.slow
@@ -194,6 +195,40 @@ def test_a_run_that_diverges_is_written_down(reviews, tmp_path):
     assert Trials(config).run(Trial(cell, "sam", 1e30, 7, False)).keys() >= {"diverged"}
 
 
+def test_curvature_is_that_of_the_first_examples_of_any_length(reviews, tmp_path):
+    lines = Path(reviews.a.removeprefix("file:")).read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    for row in rows[::2]:
+        row["text"] = " ".join(row["text"].split()[:2])
+    source = tmp_path / "mixed.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = small(reviews, tmp_path, curvature=True, curvature_examples=20)
+    config = dataclasses.replace(config, sources=(f"file:{source}",), transfer=())
+    wide = dataclasses.replace(config.base.data, max_length=12, buckets=(4, 12))
+    config = dataclasses.replace(config, base=dataclasses.replace(config.base, data=wide))
+    trials = Trials(config)
+    trials.open()
+    built = trials.build(config.cells()[0], config.arms()[0], 0)
+    train = built.data.splits["train"]
+    assert train.lengths[:20].min() <= 4 < train.lengths[:20].max()
+    (batch,) = curvature.few(config, built)
+    counted = np.asarray(batch["label_mask"]) > 0
+    assert sorted(batch["example_index"][counted]) == list(range(20))
+    assert sorted(batch["attention_mask"][counted].sum(1)) == sorted(train.lengths[:20])
+
+
+def test_a_run_without_curvature_keeps_its_scores(reviews, tmp_path, monkeypatch):
+    def none(*args, **more):
+        raise NotFinite("the Hessian-vector product is not finite")
+
+    monkeypatch.setattr(curvature.sharpness, "top_eigenvalues", none)
+    config = small(reviews, tmp_path / "x", curvature=True, methods=("adamw",), seeds=(0,))
+    found = command.run(config)
+    (arm,) = found["cells"][0]["arms"]
+    assert 0 < arm["metrics"]["accuracy"]["mean"] <= 1
+    assert "top_eigenvalue" not in arm["metrics"]
+
+
 def test_wrong_labels_are_a_share_of_the_training_labels():
     labels, ids = np.arange(100) % 3, [f"x{i}" for i in range(100)]
     wrong = material.wrong_labels(labels, ids, 3, 0.2, seed=0)
@@ -221,10 +256,11 @@ def test_an_arm_says_what_differs():
         ({"methods": ("sam:rho=-1",)}, "rho must be >= 0 and finite, got -1.0"),
         ({"methods": ("sam:rho=x",)}, "'x' in 'sam:rho=x'; it must be a finite number"),
         ({"methods": ("sam:rho=0.1,rho=0.2",)}, "methods has rho twice"),
+        ({"methods": ("sam:rho=0.1/0.2/0.1",)}, "methods has a radius twice"),
         ({"methods": ("adamw:epochs=2,epochs=3",)}, "methods has epochs twice"),
         ({"methods": ("adamw:epochs=inf",)}, "'inf' in 'adamw:epochs=inf'; it must be a finite"),
         ({"methods": ("adamw:drop=nan",)}, "'nan' in 'adamw:drop=nan'; it must be a finite"),
-        ({"seeds": (-1,)}, r"seed must be in \[0, 2\^32\), got -1"),
+        ({"seeds": (-1,)}, r"^seeds must be in \[0, 2\^32\), got -1"),
         ({"methods": ("sam:model=x",)}, "it must be SETTING=VALUE with one of epochs"),
         ({"methods": ("sam", "sam:rho=0.1")}, "methods must differ in more than rho"),
         ({"sizes": (-1,)}, "sizes must be >= 0"),
@@ -267,6 +303,8 @@ def test_other_settings_are_not_gone_on_with(done):
     for more, said in (
         ({"select_by": "loss"}, "select_by was 'accuracy'"),
         ({"base": dataclasses.replace(config.base, epochs=3.0)}, "epochs was 2.0"),
+        ({"methods": ("adamw",)}, "sam is not among those given now"),
+        ({"seeds": (0, 2)}, "has seeds 0 1, and 1 is not among"),
     ):
         with pytest.raises(ValueError, match=said):
             command.run(dataclasses.replace(config, resume=True, **more))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from steppe.launch import cli, overlays
-from steppe.models import pretrained
+from steppe.models import pretrained, tree
 from steppe.models.overlays import adapter, compose, files, lora, prefix
 
 pytestmark = pytest.mark.slow
@@ -80,6 +80,29 @@ def test_overlays_that_need_more_than_sites(reviews, tmp_path):
         assert scores(run, tmp_path)["loss"] == pytest.approx(found["loss"], rel=1e-5)
 
 
+def test_a_head_is_fitted_on_prefixes_of_other_runs(reviews, tmp_path):
+    """What stands below the head is fixed, so that features of it are computed once."""
+    assert finetune(reviews, tmp_path / "source", "--overlay", "prefix:length=2") == 0
+    run = tmp_path / "target"
+    way = f"prefix-fixed:folders={tmp_path / 'source'}"
+    assert finetune(reviews, run, "--probe", "--overlay", way) == 0
+    saved, source = files.load(run / "model"), files.load(tmp_path / "source" / "model")
+    assert sorted(saved.params["base"]) == ["head"]
+    kept, learnt = (tree.flatten(one.params["overlay"]) for one in (saved, source))
+    for path in learnt:
+        np.testing.assert_array_equal(kept[path], learnt[path])
+    found = json.loads((run / "results.json").read_text())
+    width, classes = saved.params["base"]["head"]["out"]["kernel"].shape
+    assert found["model"]["trainable"] == (width + 1) * classes
+    # A fitted head: the few steps of the source have 40%.
+    assert found["metrics"]["test"]["accuracy"] > 0.8
+    # The features of this random model hardly differ, so that the fitted kernel is 1e5 and its
+    # sums cancel in float32.
+    again, said = scores(run, tmp_path), found["metrics"]["test"]
+    assert again["accuracy"] == said["accuracy"]
+    assert again["loss"] == pytest.approx(said["loss"], rel=0.02)
+
+
 def test_another_base_is_refused(runs, tmp_path, capsys):
     root, base = runs
     loaded = pretrained.load(base)
@@ -138,7 +161,7 @@ def test_the_list(capsys):
         (["lora:rank=99"], "rank must be <= 16"),
         (["prompt:length=16"], "none of the model's 16 positions"),
         (["lora", "--lora.rank=2"], "overlay and lora.rank=2 are both given"),
-        (["ia3", "--probe"], "trains the head alone"),
+        (["ia3", "--probe"], "overlay=ia3 has parameters that train"),
         (["prefix-fixed"], "prefix-fixed needs folders=RUN+RUN"),
         (["prefix-fixed:folders=nowhere"], "nowhere holds no overlay"),
         (["mp2"], "ids must be of the vocabulary of"),

@@ -139,6 +139,11 @@ def test_mistakes_are_told_in_one_line(runs, data, tmp_path, capsys):
     run = runs[0]
     assert "no run is named" in said(capsys)
     assert "does not exist" in said(capsys, tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    assert "is a file" in said(capsys, tmp_path / "file")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "runs.jsonl").touch()
+    assert "is a comparison" in said(capsys, tmp_path / "half")
     (tmp_path / "empty").mkdir()
     assert "not a run folder" in said(capsys, tmp_path / "empty")
     for option, words in (

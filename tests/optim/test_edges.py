@@ -179,3 +179,35 @@ def test_what_masks_the_gradient_stands_inside() -> None:
     wanted = grad(perturbation.displace(PARAMS, ball))
     np.testing.assert_allclose(found["bias"], -0.1 * wanted["bias"], rtol=1e-6)
     assert masked(before, lambda s: s[0])["kernel"].all()
+
+
+def test_leaves_without_entries() -> None:
+    """A head that is yet to come, a table of no rows: nothing to choose, nothing to divide by."""
+    params = {
+        "empty": jnp.zeros((0, 3)),
+        "flat": jnp.zeros((0, 4)),
+        "layers": {"none": jnp.zeros((2, 0, 4))},
+        "w": jnp.arange(1.0, 9.0).reshape(2, 4),
+    }
+    for structure in ("element", "tensor", "layer", (2, 4)):
+        tx = optim.fsam(SGD, 0.1, keep_ratio=0.5, structure=structure)  # type: ignore[arg-type]
+        updates, _ = tx.update(params, tx.init(params), params, grad_fn=lambda w: w)
+        assert updates["empty"].shape == (0, 3)
+        assert bool(jnp.isfinite(updates["w"]).all())
+
+
+@pytest.mark.parametrize("method", [optim.sam, optim.asam, optim.gsam, optim.looksam, optim.fsam])
+@pytest.mark.parametrize("rho", [0.1, jnp.float32(0.1), lambda step: 0.1])
+def test_a_second_gradient_of_another_precision(method: Any, rho: Any) -> None:
+    params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), PARAMS)
+
+    def precise(w: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), grad(w))
+
+    tx = method(SGD, rho)
+    grads = jax.tree.map(lambda g: g.astype(jnp.bfloat16), grad(params))
+    updates, state = tx.update(grads, tx.init(params), params, grad_fn=precise)
+    # At this radius the second gradient differs from the first by a few hundredths of it.
+    same(jax.tree.map(jnp.float32, updates), jax.tree.map(lambda g: -0.1 * g, grad(PARAMS)), 0.2)
+    updates, _ = tx.update(grads, state, params, grad_fn=precise)  # looksam's other branch
+    assert all(jnp.isfinite(u).all() for u in jax.tree.leaves(updates))

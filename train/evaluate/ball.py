@@ -76,6 +76,7 @@ def ball_max(
 
     Raises:
       ValueError: rho or eta < 0 or not finite, steps < 1, stride <= 0, an unknown norm.
+      TypeError: key is none.
     """
     check.number(rho, "rho", "a finite number >= 0", check.within(0))
     landscape.whole("steps", steps, 1)
@@ -87,6 +88,7 @@ def ball_max(
     check.number(stride, "stride", "> 0 and finite", lambda value: 0 < value < math.inf)
     argument, where = landscape.as_argument(loss), landscape.placement(params)
     key = jax.random.key(0) if key is None else key
+    landscape.check_key(key)
     numbers = jnp.array([rho, eta, stride], jnp.float32)
     sized = "none" if norm == "l2" else scaled
     at = _origin(params, where=where)

@@ -37,6 +37,10 @@ _NOTHING = 1e-6
 _ROUNDING = float(np.finfo(np.float32).eps)
 
 
+class NotFinite(ValueError):
+    """A Hessian-vector product is NaN or infinite: the loss has no curvature at the parameters."""
+
+
 class Eigen(NamedTuple):
     """What :func:`top_eigenvalues` found; numpy float64.
 
@@ -313,7 +317,7 @@ def _lanczos(
 
 def _check(value: float) -> None:
     if not math.isfinite(value):
-        raise ValueError(
+        raise NotFinite(
             "the Hessian-vector product is not finite; look for a loss of NaN or infinity at params"
         )
 

@@ -98,9 +98,11 @@ def directions(
 
     Raises:
       ValueError: an unknown kind, count < 1, or nothing varies.
+      TypeError: key is none.
     """
     if kind not in ("filter", "tensor", "whole"):
         raise ValueError(f"kind must be 'filter', 'tensor' or 'whole', got {kind!r}")
+    landscape.check_key(key)
     landscape.whole("count", count, 1)
     matrices = [
         dimensions(path, leaf) >= 2
