@@ -324,9 +324,11 @@ class FinetuneConfig:
         if not 0.0 <= self.ema < 1.0:
             raise ValueError(f"ema must be in [0, 1), got {self.ema}")
         if self.overlay and self.lora.rank:
+            own = any(o.split(":")[0] == "lora" for o in self.overlay)
             raise ValueError(
                 f"overlay and lora.rank={self.lora.rank} are both given: write --overlay lora:rank="
-                f"{self.lora.rank} NAME for both, or --lora.rank 0 where a recipe has the LoRA"
+                f"{self.lora.rank}{'' if own else ' NAME for both'}, or --lora.rank 0 where a "
+                "recipe has the LoRA"
             )
         if self.balance.beta and not any(o.split(":")[0] == "loramoe" for o in self.overlay):
             raise ValueError(
@@ -467,11 +469,21 @@ def read(run: Path) -> FinetuneConfig:
     if isinstance(values, dict) and {"teacher", "scheme"} <= set(values):
         from steppe.launch.distill.settings import DistillConfig
 
-        distilled: DistillConfig = from_dict(DistillConfig, values)
+        distilled: DistillConfig = _of_file(DistillConfig, values, file)
         return distilled.training()
     if isinstance(values, dict) and {"popsize", "shots"} <= set(values):
         from steppe.launch.blackbox.settings import BlackboxConfig
 
-        searched: BlackboxConfig = from_dict(BlackboxConfig, values)
+        searched: BlackboxConfig = _of_file(BlackboxConfig, values, file)
         return searched.as_finetune()
-    return from_dict(FinetuneConfig, values)
+    made: FinetuneConfig = _of_file(FinetuneConfig, values, file)
+    return made
+
+
+def _of_file(kind: type, values: Any, file: Path) -> Any:
+    try:
+        return from_dict(kind, values)
+    except ValueError as error:
+        raise ValueError(
+            f"{file} is of another command or version ({error}); name another folder"
+        ) from error

@@ -66,13 +66,22 @@ def fixed_prefixes(
         saved = files.load(folder / "model" if is_overlay(folder / "model") else folder)
         if saved.name != "prefix":
             raise ValueError(f"folders must be runs with one prefix each, {name} has {saved.name}")
-        delta = saved.params[OVERLAY]
-        found.append(prefix.fold(delta) if saved.settings["hidden"] else delta)
+        delta = saved.params.get(OVERLAY, {})
+        found.append(prefix.fold(delta) if saved.settings.get("hidden") else delta)
         hashes.append(saved.base["hash"])
         if hashes[-1] != hashes[0]:
             raise ValueError(f"the prefix of {name} is of another base than that of {folders}")
     rows = tuple(prefix_fixed.length_of(one) for one in found)
     names = tuple(n.removesuffix(f".{prefix.SITE}") for n in found[0][tree.STACK])
+    for what, given, own, usual in (
+        ("lengths", tuple(lengths), rows, (10,)),
+        ("attentions", tuple(attentions), names, ("attn",)),
+    ):
+        if given not in (own, usual):
+            raise ValueError(
+                f"{what}={'/'.join(str(g) for g in given)} are not those of {folders}, "
+                f"{'/'.join(str(o) for o in own)}; leave {what} out where folders are given"
+            )
     made = prefix_fixed.overlay(lengths=rows, attentions=names, prefixes=found)
 
     def init(key: Any, params: Params) -> Params:
@@ -178,14 +187,19 @@ def rebuilt(name: str, settings: Mapping[str, Any]) -> Overlay:
     """The overlay that a saved delta was made with.
 
     Raises:
-      ValueError: an overlay that this version does not know.
+      ValueError: an overlay that this version does not know, or not with these settings.
     """
     if "+" in name and name not in _MADE:
         return compose(*(rebuilt(_stem(part), own or {}) for part, own in settings.items()))
     if name not in _MADE:
         raise ValueError(f"no overlay is called {name!r}; known: {', '.join(_MADE)}")
     plain = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
-    return _MADE[name](**plain)
+    try:
+        return _MADE[name](**plain)
+    except TypeError as error:
+        raise ValueError(
+            f"the overlay {name!r} has other settings in this version ({error})"
+        ) from error
 
 
 # By the names that overlays give themselves, which stand in the files.
@@ -276,7 +290,8 @@ def load(folder: Path, dtype: Any = "float32") -> pretrained.Loaded:
 
     Raises:
       FileNotFoundError: the base is not there any more.
-      ValueError: a base whose parameters are others than those that the delta was trained on.
+      ValueError: a base whose parameters are others than those that the delta was trained on;
+        tensors that are missing, unknown or of another shape than the settings say.
     """
     saved = files.load(folder)
     origin = setup.origin(saved.base["name"])
@@ -289,9 +304,17 @@ def load(folder: Path, dtype: Any = "float32") -> pretrained.Loaded:
             f"{folder} belongs to other parameters than those of {saved.base['name']} (hash "
             f"{saved.base['hash']}, not {found}): put the base back that it was trained on"
         )
-    overlay = rebuilt(saved.name, saved.settings)
-    base = tree.replace(loaded.params, tree.flatten(saved.params.get(BASE, {})))
-    params = {BASE: base, OVERLAY: saved.params.get(OVERLAY, {})}
+    delta = saved.params.get(OVERLAY, {})
+    try:
+        overlay = rebuilt(saved.name, saved.settings)
+        wanted = jax.eval_shape(overlay.init, jax.random.key(0), loaded.params)
+        tree.same_structure(delta, wanted, ("the file", f"{saved.name} with these settings"))
+        base = tree.replace(loaded.params, tree.flatten(saved.params.get(BASE, {})))
+    except (ValueError, KeyError) as error:
+        raise ValueError(
+            f"{folder / files.DELTA} is not what {files.ABOUT} beside it describes: {error.args[0]}"
+        ) from error
+    params = {BASE: base, OVERLAY: delta}
     params = tree.cast(params, jnp.dtype(dtype))
     labels = saved.notes.get("labels")
     return pretrained.Loaded(

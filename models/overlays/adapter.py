@@ -16,6 +16,7 @@ et al., ICLR 2022, 2110.04366.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -66,7 +67,8 @@ def overlay(
       {"kernel" [L, m, D], "bias"}}}}``; it has no merged form.
 
     Raises:
-      ValueError: an unknown kind or activation, width < 0, reduction < 1, a width of nothing.
+      ValueError: an unknown kind or activation, width < 0, reduction < 1, a width of nothing,
+        a scale or std that is not finite, std < 0.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
@@ -75,6 +77,10 @@ def overlay(
     run = activation(act)
     factor = (4.0 if kind == "parallel" else 1.0) if scale is None else scale
     spread = (0.01 if kind == "houlsby" else 0.02) if std is None else std
+    if not math.isfinite(factor):
+        raise ValueError(f"scale must be finite, got {scale}")
+    if not 0 <= spread < math.inf:
+        raise ValueError(f"std must be >= 0 and finite, got {std}")
     ends = ("attn.o", "cross.o", "ffn.out") if kind == "houlsby" else ("ffn.out",)
 
     def init(key: jax.Array, params: Params) -> Params:

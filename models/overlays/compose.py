@@ -10,6 +10,7 @@ A B``. Of two prompts the first one stands in front; two prefixes are one longer
 from __future__ import annotations
 
 import functools
+import re
 
 import jax
 
@@ -51,7 +52,7 @@ def compose(*overlays: Overlay) -> Overlay:
         return functools.reduce(fold, parts.items(), params)
 
     axes: Rules = tuple(
-        (rf"{name}/(?:{pattern})", places)
+        (rf"{re.escape(name)}/(?:{pattern})", places)
         for name, overlay in parts.items()
         for pattern, places in overlay.axes
     )
@@ -69,7 +70,7 @@ def compose(*overlays: Overlay) -> Overlay:
         axes,
         also,
         tuple((name, overlay.settings) for name, overlay in parts.items()),
-        tuple(rf"{name}/(?:{path})" for name, overlay in parts.items() for path in overlay.fixed),
+        tuple(rf"{re.escape(n)}/(?:{path})" for n, o in parts.items() for path in o.fixed),
         around=around if any(overlay.around for overlay in overlays) else None,
         stops=tuple(path for overlay in overlays for path in overlay.stops),
     )

@@ -60,8 +60,9 @@ def overlay(
       An overlay whose delta is ``{"layers": {site: {"a": [L, d_in, r], "b": [L, r, d_out]}}}``.
 
     Raises:
-      ValueError: a negative rank, no site, a site given twice, a bad dropout rate; and from
-        ``init``, a site that the model lacks or a rank above a dimension of its matrix.
+      ValueError: a negative rank, no site, a site given twice, a bad dropout rate, alpha that is
+        not finite; and from ``init``, a site that the model lacks or a rank above a dimension of
+        its matrix.
 
     Example:
       >>> from steppe.models import EncoderConfig, tree
@@ -77,6 +78,8 @@ def overlay(
         raise ValueError(f"sites must name at least one site, each once, got {tuple(sites)}")
     if not 0.0 <= drop < 1.0:
         raise ValueError(f"drop must be in [0, 1), got {drop}")
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha must be finite, got {alpha}")
     names = tuple(sites)
     scale = 0.0 if rank == 0 else alpha / (math.sqrt(rank) if rank_stabilised else rank)
 

@@ -16,6 +16,7 @@ arXiv 2110.07602.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -56,12 +57,15 @@ def overlay(
       form: a prefix is no change of weights.
 
     Raises:
-      ValueError: length < 1, hidden < 0, no attention or one that the model lacks.
+      ValueError: length < 1, hidden < 0, std < 0 or not finite, no attention or one that the
+        model lacks.
     """
     if length < 1:
         raise ValueError(f"length must be >= 1, got {length}")
     if hidden < 0:
         raise ValueError(f"hidden must be >= 0, got {hidden}")
+    if not 0 <= std < math.inf:
+        raise ValueError(f"std must be >= 0 and finite, got {std}")
     if not attentions or len(set(attentions)) != len(attentions):
         raise ValueError(f"attentions must be given, each once, got {tuple(attentions)}")
     names = tuple(attentions)
@@ -115,11 +119,19 @@ def in_front(
     """The site function: delta ``{"k", "v"}`` [P, Hkv Dh] of one layer -> [B, P, Hkv, Dh] each.
 
     ``scale`` is 1, or [B, 1, 1], by which the rows of an example are multiplied.
+
+    Raises:
+      ValueError: a prefix of another width, or one that has not as many keys as values.
     """
     keys, values = base(x)
     if context.step:  # it stands in the cache already
         return keys, values
     batch, _, heads, dim = keys.shape
+    if delta["k"].shape[-1] != heads * dim or delta["v"].shape != delta["k"].shape:
+        raise ValueError(
+            f"a prefix for {heads} heads of {dim} has rows of {heads * dim}, got keys "
+            f"{tuple(delta['k'].shape)} and values {tuple(delta['v'].shape)}"
+        )
 
     def rows(leaf: jax.Array, behind: jax.Array) -> jax.Array:
         own = leaf.astype(behind.dtype).reshape(1, -1, heads, dim)

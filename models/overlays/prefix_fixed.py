@@ -153,7 +153,10 @@ def length_of(one: Params) -> int:
             "a prefix is {'layers': {'ATTENTION.kv_prefix': {'k', 'v'}}}; fold the network that "
             f"makes it first (prefix.fold), got {', '.join(list(paths)[:3]) or 'nothing'}"
         )
-    return int(next(iter(paths.values())).shape[1])
+    lengths = {int(leaf.shape[1]) for leaf in paths.values()}
+    if len(lengths) > 1:
+        raise ValueError(f"a prefix has as many keys as values in every attention, got {lengths}")
+    return lengths.pop()
 
 
 class Cost(NamedTuple):
@@ -217,6 +220,8 @@ def represent(
     if pool not in ("mean", "first"):
         raise ValueError(f"pool must be 'mean' or 'first', got {pool!r}")
     make: Callable[[], list[Any]] = runs[combine]
+    for one in prefixes:
+        length_of(one)
     vectors = [_vector(model, params, one, batch, pool) for one in (make() if prefixes else [None])]
     if combine == "concat_repr":
         return jnp.concatenate(vectors, axis=-1)
@@ -227,10 +232,10 @@ def _vector(model: Model, params: Params, one: Params | None, batch: Batch, pool
     sites = {} if one is None else {n: Site(prefix.in_front, d) for n, d in one[tree.STACK].items()}
     hidden = model.apply(params, batch, sites=sites).hidden.astype(jnp.float32)
     hidden = jax.lax.stop_gradient(hidden)
-    if pool == "first":
-        return hidden[:, 0]
     mask = batch.get("attention_mask")
     shown = jnp.ones(hidden.shape[:2]) if mask is None else jnp.asarray(mask) != 0
+    if pool == "first":  # a decoder's text may be padded in front
+        return jnp.take_along_axis(hidden, jnp.argmax(shown, 1)[:, None, None], axis=1)[:, 0]
     shown = shown.astype(jnp.float32)[..., None]
     return (hidden * shown).sum(1) / jnp.maximum(shown.sum(1), 1.0)
 

@@ -279,7 +279,7 @@ def test_damaged_and_other_journals(done, tmp_path):
         (["--popsize=1"], "popsize must be >= 2, got 1"),
         (["--sigma=0"], "sigma must be positive and finite, got 0"),
         (["--shots=60"], "training split of"),
-        (["--rank=40"], "the intrinsic dimension must be from 1 to the 32 numbers"),
+        (["--rank=40"], "rank must be from 1 to the 32 numbers"),
         (["--budget=7"], "budget must be at least 8 forward passes (4 candidates x 2 prompts)"),
         (["--inject=concat"], "searches; take inject=add with bbtv2"),
         (["--start=x"], "it needs inject=concat"),

@@ -64,6 +64,7 @@ def test_prefixes_of_another_base(runs, base):
         ("prefix-fixed", r"needs folders=RUN\+RUN"),
         (f"prefix-fixed:folders={root / 'c'}", "c has lora"),
         (f"prefix-fixed:folders={root / 'a'}+{root / 'd'}", "of another base than that of"),
+        (f"prefix-fixed:folders={root / 'a'},lengths=7", "lengths=7 are not those of"),
     ):
         with pytest.raises(ValueError, match=said):
             overlays.parse([text])

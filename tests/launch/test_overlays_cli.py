@@ -80,13 +80,12 @@ def test_overlays_that_need_more_than_sites(reviews, tmp_path):
         assert scores(run, tmp_path)["loss"] == pytest.approx(found["loss"], rel=1e-5)
 
 
-def test_a_head_is_fitted_on_prefixes_of_other_runs(reviews, tmp_path):
+def test_a_head_is_fitted_on_prefixes_of_other_runs(reviews, prefix_run, tmp_path):
     """What stands below the head is fixed, so that features of it are computed once."""
-    assert finetune(reviews, tmp_path / "source", "--overlay", "prefix:length=2") == 0
     run = tmp_path / "target"
-    way = f"prefix-fixed:folders={tmp_path / 'source'}"
+    way = f"prefix-fixed:folders={prefix_run}"
     assert finetune(reviews, run, "--probe", "--overlay", way) == 0
-    saved, source = files.load(run / "model"), files.load(tmp_path / "source" / "model")
+    saved, source = files.load(run / "model"), files.load(prefix_run / "model")
     assert sorted(saved.params["base"]) == ["head"]
     kept, learnt = (tree.flatten(one.params["overlay"]) for one in (saved, source))
     for path in learnt:
@@ -101,6 +100,44 @@ def test_a_head_is_fitted_on_prefixes_of_other_runs(reviews, tmp_path):
     again, said = scores(run, tmp_path), found["metrics"]["test"]
     assert again["accuracy"] == said["accuracy"]
     assert again["loss"] == pytest.approx(said["loss"], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"overlay/layers/attn.qq/a": (2, 3)}, "a parameter at 'layers/attn.qq/a' that prefix"),
+        ({"overlay/layers/attn.kv_prefix/v": None}, "a parameter at 'layers/attn.kv_prefix/v'"),
+        ({"overlay/layers/attn.kv_prefix/k": (2, 4, 8)}, "shape mismatch at 'layers/attn.kv_pre"),
+        ({"base/head/xx/kernel": (2, 2)}, "'head/xx/kernel'"),
+        ({"settings": {"lenght": 2}}, "unexpected keyword argument 'lenght'"),
+    ],
+)
+def test_a_file_that_is_not_what_it_says(prefix_run, tmp_path, change, said, capsys):
+    from safetensors.numpy import load_file, save_file
+
+    run = shutil.copytree(prefix_run, tmp_path / "run")
+    delta, about = run / "model" / files.DELTA, run / "model" / files.ABOUT
+    leaves, settings = load_file(delta), json.loads(about.read_text())
+    for name, shape in change.items():
+        if name == "settings":
+            settings["settings"] = shape
+        elif shape is None:
+            del leaves[name]
+        else:
+            leaves[name] = np.zeros(shape, np.float32)
+    save_file(leaves, delta)
+    about.write_text(json.dumps(settings))
+    assert cli.main(["evaluate", str(run)]) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert said in message
+    assert f"{delta} is not what overlay.json beside it describes" in message
+
+
+@pytest.fixture(scope="module")
+def prefix_run(reviews, tmp_path_factory):
+    out = tmp_path_factory.mktemp("prefix") / "run"
+    assert finetune(reviews, out, "--overlay", "prefix:length=2") == 0
+    return out
 
 
 def test_another_base_is_refused(runs, tmp_path, capsys):
@@ -162,6 +199,11 @@ def test_the_list(capsys):
         (["prompt:length=16"], "none of the model's 16 positions"),
         (["lora", "--lora.rank=2"], "overlay and lora.rank=2 are both given"),
         (["ia3", "--probe"], "overlay=ia3 has parameters that train"),
+        (["lora:rank=3", "--lora.rank=2"], "write --overlay lora:rank=2, or --lora.rank 0"),
+        (["lora:alpha=nan"], "alpha must be finite, got nan"),
+        (["prefix:std=-1"], "std must be >= 0 and finite"),
+        (["houlsby:std=nan"], "std must be >= 0 and finite"),
+        (["parallel:scale=inf"], "scale must be finite"),
         (["prefix-fixed"], "prefix-fixed needs folders=RUN+RUN"),
         (["prefix-fixed:folders=nowhere"], "nowhere holds no overlay"),
         (["mp2"], "ids must be of the vocabulary of"),

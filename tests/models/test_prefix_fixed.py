@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 
 from steppe.models import tree
-from steppe.models.overlays import compose, lora, prefix, prefix_fixed
+from steppe.models.decoder import DecoderConfig
+from steppe.models.overlays import (
+    compacter,
+    compose,
+    ia3,
+    lora,
+    o_lora,
+    prefix,
+    prefix_fixed,
+)
 
 from .conftest import TINY
 from .test_overlays import BERT, KEY, MODEL, hidden
@@ -211,3 +220,46 @@ def one(length, model=TINY, **options):
 def test_bad_input(call, said):
     with pytest.raises(ValueError, match=said):
         call()
+
+
+def test_prefixes_of_another_width_are_refused(tiny, prefixes, batch):
+    model, params = tiny
+    half = jax.tree.map(lambda leaf: leaf[..., ::2], prefixes[0])
+    with pytest.raises(ValueError, match="rows of"):
+        prefix_fixed.represent(model, params, [half], batch)
+    short = jax.tree.map(lambda leaf: leaf, prefixes[0])
+    for site in short["layers"].values():
+        site["v"] = site["v"][:, :-1]
+    with pytest.raises(ValueError, match="as many keys as values"):
+        prefix_fixed.represent(model, params, [short], batch)
+
+
+def test_the_first_token_of_a_text_that_is_padded_in_front():
+    config = DecoderConfig(
+        "llama", vocab_size=20, width=8, layers=2, heads=2, ffn_width=16, positions=12
+    )
+    model = config.build()
+    params = model.init(jax.random.key(0))
+    text = {"input_ids": jnp.array([[5, 6, 7]]), "attention_mask": jnp.ones((1, 3), jnp.int32)}
+    padded = {name: jnp.pad(column, ((0, 0), (2, 0))) for name, column in text.items()}
+    one = prefix.overlay(length=2).init(jax.random.key(1), params)
+    for pool in ("mean", "first"):
+        plain, moved = (
+            prefix_fixed.represent(model, params, [one], b, pool=pool) for b in (text, padded)
+        )
+        np.testing.assert_allclose(plain, moved, atol=1e-5)
+
+
+def test_names_with_signs_keep_their_rules(tiny):
+    """Composed once more, what is fixed stays fixed, and every leaf keeps its sharding rule."""
+    model, params = tiny
+    bank = compose(compose(lora.overlay(rank=2), o_lora.overlay(tasks=2, rank=2)), ia3.overlay())
+    bound = bank.bind(model, frozen=params)
+    paths = tree.paths({"overlay": jax.eval_shape(bank.init, jax.random.key(0), params)})
+    live = [path for path in paths if tree.matches(path, bound.trainable)]
+    assert any("/o-lora/" in path for path in live)
+    assert not any("/bank/" in path for path in live)
+    two = compose(lora.overlay(rank=2), compacter.overlay(plus=True, n=2, reduction=2))
+    rules = two.bind(model, frozen=params).axes
+    for path in tree.paths({"overlay": jax.eval_shape(two.init, jax.random.key(0), params)}):
+        assert any(tree.matches(path, (pattern,)) for pattern, _ in rules)

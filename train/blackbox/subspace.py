@@ -44,7 +44,7 @@ def random_projection(
     """
     if not 1 <= rank <= size:
         raise ValueError(
-            f"the intrinsic dimension must be from 1 to the {size} numbers of the prompt, got "
+            f"rank must be from 1 to the {size} numbers of the prompt, got "
             f"{rank}; lower it or take a longer prompt"
         )
     if std is None:

@@ -129,10 +129,7 @@ def black_box(*, popsize: int = 20, sigma: float = 1.0, rank: int = 500) -> Blac
                 f"got {shape} and {space.start.shape}"
             )
         if rank > shape[1]:
-            raise ValueError(
-                f"the intrinsic dimension must be at most the {shape[1]} numbers of a prompt, "
-                f"got {rank}"
-            )
+            raise ValueError(f"rank must be at most the {shape[1]} numbers of a prompt, got {rank}")
         one = cma.init(jnp.zeros(rank, space.projections.dtype))
         search = jax.tree.map(lambda leaf: jnp.stack([leaf] * shape[0]), one)
         zero = jnp.zeros((), jnp.int32)

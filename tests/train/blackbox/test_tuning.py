@@ -315,7 +315,7 @@ def test_broken_candidates_change_nothing_else():
         (lambda: blackbox.black_box(rank=0), "dim must be a whole number >= 1, got 0"),
         (
             lambda: blackbox.random_projection(KEY, 6, 7),
-            "the intrinsic dimension must be from 1 to the 6 numbers of the prompt, got 7",
+            "rank must be from 1 to the 6 numbers of the prompt, got 7",
         ),
         (lambda: blackbox.random_projection(KEY, 6, 3, -1.0), "std must be positive"),
         (
