@@ -131,8 +131,8 @@ def test_paragraphs_are_filled_again_and_equations_stay(monkeypatch):
         ("compare merging --base.batch-size 0", "--base.batch-size must be >= 1"),
         ("submit --to slurm --grace -1 -- finetune", "--restarts and --grace must be >= 0"),
         ("tour --elsewhere zzz", "--elsewhere must be addresses of data"),
+        ("compare flat-minima --seeds -1", "--seeds must be in [0, 2^32)"),
         # What lists say of their own is no option's.
-        ("compare flat-minima --seeds -1", "seed must be in [0, 2^32)"),
         ("compare flat-minima --methods sam:rho=-1", "methods has 'sam:rho=-1': rho must be"),
         ("compare flat-minima --methods lora:rank=-1", "methods has 'lora:rank=-1': rank must be"),
         ("compare merging --methods ties:k=7", "methods has 'ties:k=7': k must be"),
