@@ -36,9 +36,9 @@ def run(config: CompareConfig, command: Sequence[str] = ()) -> dict[str, Any]:
         from steppe.launch.compare import estimate
 
         return estimate.show(config)
-    folders.check(config, folder, GROWS)
-    if config.resume and (folder / folders.CONFIG).is_file():
-        _nothing_lost(folders.read(folder, CompareConfig), config)
+    begun: CompareConfig | None = folders.check(config, folder, GROWS)
+    if begun is not None:
+        _nothing_lost(begun, config)
     journal = Journal(folder)
     trials = Trials(config)
     trials.open()

@@ -62,7 +62,7 @@ def few(config: CompareConfig, pieces: Pieces) -> list[Any]:
     wanted = min(config.curvature_examples or len(train), len(train))
     encoded = setup.encode(
         pieces.data.task,
-        [train.records[i] for i in range(wanted)],
+        list(train.records[:wanted]),
         pieces.data.tokenizer,
         pieces.config.data,
         training=False,

@@ -35,12 +35,15 @@ def read(folder: Path, kind: type) -> Any:
         ) from error
 
 
-def check(config: Any, folder: Path, grows: Collection[str]) -> None:
+def check(config: Any, folder: Path, grows: Collection[str]) -> Any:
     """Refuses a folder that holds something else, and a resume with other settings.
 
     Args:
       config: settings with ``resume``.
       grows: settings that may change on the way: more rows, not other ones.
+
+    Returns:
+      The settings that the folder was last gone on with; None where nothing is resumed.
 
     Raises:
       FileExistsError: the folder holds something of another command, or a comparison of this one
@@ -57,11 +60,11 @@ def check(config: Any, folder: Path, grows: Collection[str]) -> None:
             f"{folder} already holds other files ({held[0]}); choose another --out"
         )
     if not held:
-        return
+        return None
     old = read(folder, type(config))
     if not config.resume:
         if held == [CONFIG]:
-            return  # it ended before anything was finished: from the beginning
+            return None  # it ended before anything was finished: from the beginning
         raise FileExistsError(
             f"{folder} already holds another comparison; go on with it by --resume, or choose a "
             "new --out"
@@ -76,6 +79,7 @@ def check(config: Any, folder: Path, grows: Collection[str]) -> None:
             f"{folder} is a comparison with other settings: {path} was {was!r}, now it is "
             f"{now!r}; resume with the old value or choose a new out"
         )
+    return old
 
 
 @contextlib.contextmanager
