@@ -96,7 +96,7 @@ def parse(text: str, **more: Any) -> QuantConfig:
       >>> parse("w4a8-g64").w_bits
       4
     """
-    found = re.fullmatch(r"w(\d+)a(\d+)(?:-?g(\d+))?", text.strip().lower())
+    found = re.fullmatch(r"w([1-9]\d*)a([1-9]\d*)(?:-?g([1-9]\d*))?", text.strip().lower())
     if found is None:
         raise ValueError(f"scheme must look like w8a8, w4a16 or w4a8-g64, got {text!r}")
     w, a = (fq.BYPASS if int(n) in (16, 32) else int(n) for n in found.groups()[:2])

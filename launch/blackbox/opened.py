@@ -105,8 +105,9 @@ def open_all(config: BlackboxConfig) -> Opened:
 
     Raises:
       FileNotFoundError: no such model.
-      ValueError: more shots than the data holds, words that are not one token each, a model that
-        cannot be searched; and whatever is wrong with the data.
+      ValueError: more shots than the data holds, words that are not one token each, a rank above
+        the numbers of a prompt, a model that cannot be searched; and whatever is wrong with the
+        data.
     """
     origin = setup.origin(config.model)
     bare = pretrained.load_config(origin.weights)
@@ -156,10 +157,12 @@ def open_all(config: BlackboxConfig) -> Opened:
         out = {"kernel": jnp.asarray(fitted.kernel), "bias": jnp.asarray(fitted.bias)}
         everything = {**everything, BASE: {**everything[BASE], "head": {"out": out}}}
         everything = whole.place(everything)
-    return Opened(
+    opened = Opened(
         origin, model, bound, everything, overlay, task, tokenizer, splits, batches, whole, hashed,
         fresh, said, fitted,
     )  # fmt: skip
+    blackbox.check_rank(config.rank, int(np.prod(opened.shape[1:])))
+    return opened
 
 
 def shots(

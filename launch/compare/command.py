@@ -38,7 +38,9 @@ def run(config: CompareConfig, command: Sequence[str] = ()) -> dict[str, Any]:
         return estimate.show(config)
     begun: CompareConfig | None = folders.check(config, folder, GROWS)
     if begun is not None:
-        _nothing_lost(begun, config)
+        rows = ("sources", "sizes", "noise", "methods", "seeds")
+        # Their radii may change.
+        folders.nothing_lost(begun, config, rows, methods=lambda c: [a.name for a in c.arms()])
     journal = Journal(folder)
     trials = Trials(config)
     trials.open()
@@ -76,24 +78,6 @@ def report(folder: Path) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError):
         command = json.loads((folder / "table.json").read_text("utf-8"))["command"]
     return _write(config, Journal(folder), folder, command)
-
-
-def _nothing_lost(old: CompareConfig, new: CompareConfig) -> None:
-    """
-    Raises:
-      ValueError: a row of the table would be missing.
-    """
-    for name in ("sources", "sizes", "noise", "methods", "seeds"):
-        before, now = ([str(v) for v in getattr(c, name)] for c in (old, new))
-        if name == "methods":  # their radii may change
-            before, now = ([arm.name for arm in c.arms()] for c in (old, new))
-        lost = [value for value in before if value not in now]
-        if lost:
-            raise ValueError(
-                f"{old.out} has {name} {' '.join(before)}, and {lost[0]} is not among those given "
-                "now: with --resume there may be more of them, not fewer; name all, or choose a "
-                "new --out"
-            )
 
 
 def _one(trial: Trial, trials: Trials, journal: Journal, progress: _Progress) -> bool:

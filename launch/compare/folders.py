@@ -6,7 +6,7 @@ import contextlib
 import json
 import signal
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,31 @@ def check(config: Any, folder: Path, grows: Collection[str]) -> Any:
             f"{now!r}; resume with the old value or choose a new out"
         )
     return old
+
+
+def nothing_lost(
+    old: Any, new: Any, names: Collection[str], **as_rows: Callable[[Any], Any]
+) -> None:
+    """Refuses settings under which rows that the folder holds would be missing from its table.
+
+    Args:
+      old, new: settings of the folder and those given now, of one class with ``out``.
+      names: fields with the rows' names.
+      as_rows: for a field whose values may be written differently, what names its rows.
+
+    Raises:
+      ValueError: a value of ``old`` is not among those of ``new``.
+    """
+    for name in names:
+        rows = as_rows.get(name, lambda config, name=name: getattr(config, name))
+        before, now = ([str(value) for value in rows(c)] for c in (old, new))
+        lost = [value for value in before if value not in now]
+        if lost:
+            raise ValueError(
+                f"{old.out} has {name} {' '.join(before)}, and {lost[0]} is not among those given "
+                "now: with --resume there may be more of them, not fewer; name all, or choose a "
+                "new --out"
+            )
 
 
 @contextlib.contextmanager

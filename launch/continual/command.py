@@ -46,13 +46,16 @@ def run(config: ContinualConfig, command: Sequence[str] = ()) -> dict[str, Any]:
 
     Raises:
       FileExistsError: ``out`` holds another run.
-      ValueError, OSError: settings, data or models that do not fit together.
+      ValueError, OSError: settings, data or models that do not fit together, or fewer methods or
+        seeds than the folder has.
       Interrupted: stopped by Ctrl-C or SIGTERM; finished tasks are kept.
     """
     from rich.console import Console
 
     folder = Path(config.out)
-    folders.check(config, folder, GROWS)
+    begun: ContinualConfig | None = folders.check(config, folder, GROWS)
+    if begun is not None:
+        folders.nothing_lost(begun, config, ("method", "seeds"))
     origin = setup.origin(config.model)
     bare = pretrained.load_config(origin.weights)
     check(config, bare)

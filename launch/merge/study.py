@@ -43,13 +43,16 @@ def run(config: StudyConfig, command: Sequence[str] = ()) -> dict[str, Any]:
 
     Raises:
       FileExistsError: ``out`` holds another comparison.
-      ValueError: settings, data or models that do not fit together.
+      ValueError: settings, data or models that do not fit together, or fewer methods or seeds
+        than the folder has.
       Interrupted: stopped by Ctrl-C or SIGTERM; finished runs and merges are kept.
     """
     from rich.console import Console
 
     folder = Path(config.out)
-    folders.check(config, folder, GROWS)
+    begun: StudyConfig | None = folders.check(config, folder, GROWS)
+    if begun is not None:
+        folders.nothing_lost(begun, config, ("methods", "seeds"))
     for address in config.tasks:  # a mistake is found before anything is trained
         settings_of(config, address)
     lines = Lines(folder / FILE)

@@ -294,4 +294,7 @@ def test_mistakes(options, said, reviews, tmp_path, capsys):
     message = capsys.readouterr().err.splitlines()[-1]
     assert said in message
     assert message.startswith("steppe: error: ")
+    # What cannot be done is not promised either.
+    assert cli.main([*words, f"--out={tmp_path / 'o'}", *options, "--dry-run"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == message
     assert not (tmp_path / "o").exists() or not list((tmp_path / "o").iterdir())

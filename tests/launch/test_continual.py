@@ -89,6 +89,18 @@ def test_the_page_shows_what_is_left_and_is_written_again(done, capsys):
     assert "report.html" in capsys.readouterr().out
 
 
+def test_fewer_methods_or_seeds_are_not_gone_on_with(done, reviews, capsys):
+    arguments = words(reviews, done, "--resume", "--memory=8")
+    for given, said in (
+        (["--method", "replay"], "o-lora is not among those given now"),
+        (["--method", "replay", "o-lora", "--seeds", "1"], "has seeds 0, and 0 is not among"),
+    ):
+        before = (done / "config.json").read_text()
+        assert cli.main([*arguments, *given]) == 2
+        assert said in capsys.readouterr().err
+        assert (done / "config.json").read_text() == before
+
+
 def test_a_page_without_a_complete_stream():
     found = table.summary(ContinualConfig(tasks=("file:a", "file:b")), {})
     page = streaming.render(found)

@@ -94,6 +94,16 @@ def test_a_dry_run_counts_and_writes_nothing(done, tmp_path, capsys):
     assert "6 fine-tunings (2 tasks x 3 seeds" in capsys.readouterr().out
 
 
+def test_fewer_methods_or_seeds_are_not_gone_on_with(done):
+    config = dataclasses.replace(done[0], resume=True)
+    for more, said in (
+        ({"methods": METHODS[1:]}, f"{METHODS[0]} is not among those given now"),
+        ({"seeds": (1,)}, "has seeds 0 1, and 0 is not among"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            study.run(dataclasses.replace(config, **more))
+
+
 def test_every_merge_ran_once(done):
     config, calls, found = done
     assert len(calls) == len(config.rows()) * 2

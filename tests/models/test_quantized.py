@@ -258,7 +258,7 @@ def test_a_decoder_generates_what_it_scores(kind):
 def test_schemes():
     assert quantized.parse("W4A16") == QuantConfig(4, 32)
     assert quantized.parse("w3a8-g64", a_mode="tensor") == QuantConfig(3, 8, 64, "tensor")
-    for bad in ("int8", "w8", "w4a8g", "8a8", ""):
+    for bad in ("int8", "w8", "w4a8g", "8a8", "w08a08", "w4a8-g064", ""):
         with pytest.raises(ValueError, match="scheme must look like w8a8"):
             quantized.parse(bad)
     with pytest.raises(ValueError, match="w_bits must be 2 to 8, or 32 .*got 1"):

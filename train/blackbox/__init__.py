@@ -7,6 +7,7 @@ from steppe.train.blackbox.losses import (
 )
 from steppe.train.blackbox.prototypes import Prototypes, left_out, prototypes
 from steppe.train.blackbox.subspace import (
+    check_rank,
     clipped_std,
     projection_std,
     random_projection,
@@ -28,6 +29,7 @@ __all__ = [
     "bbt_step",
     "bbtv2_cycle",
     "black_box",
+    "check_rank",
     "clipped_std",
     "evaluator",
     "left_out",

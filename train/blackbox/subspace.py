@@ -42,17 +42,29 @@ def random_projection(
     Raises:
       ValueError: rank below 1 or above size, std not positive.
     """
-    if not 1 <= rank <= size:
-        raise ValueError(
-            f"rank must be from 1 to the {size} numbers of the prompt, got "
-            f"{rank}; lower it or take a longer prompt"
-        )
+    check_rank(rank, size)
     if std is None:
         bound = 1 / math.sqrt(rank)
         return jax.random.uniform(key, (size, rank), minval=-bound, maxval=bound)
     if isinstance(std, (int, float)) and not 0 < std < math.inf:
         raise ValueError(f"std must be positive and finite, got {std}")
     return std * jax.random.normal(key, (size, rank))
+
+
+def check_rank(rank: int, size: int) -> None:
+    """
+    Args:
+      rank: r, dimensions of the search.
+      size: D, numbers of a prompt.
+
+    Raises:
+      ValueError: rank below 1 or above size.
+    """
+    if not 1 <= rank <= size:
+        raise ValueError(
+            f"rank must be from 1 to the {size} numbers of the prompt, got "
+            f"{rank}; lower it or take a longer prompt"
+        )
 
 
 def projection_std(
