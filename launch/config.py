@@ -204,7 +204,7 @@ class FinetuneConfig:
         ``NAME:SETTING=VALUE,...``, see ``steppe overlays list``; several are composed.
       balance: loramoe: the constraint that balances its experts; beta 0 = none.
       sharpness: sharpness-aware method around AdamW, see ``steppe.optim``; most take two
-        gradients a step. What follows, up to ascent, are its settings, None being the
+        gradients a step. What follows, up to climb, are its settings, None being the
         method's default, see ``steppe.launch.optimiser``.
       rho: radius of the ball that the loss is to be low in; fine-tuning bears about 0.01 to
         0.02 (asam: ten times that) and collapses far above it.
@@ -220,8 +220,10 @@ class FinetuneConfig:
       look_every: looksam: steps from one second gradient to the next.
       beta, gamma: esam: shares of the tensors that are perturbed and of the rows that the
         second gradient is taken on.
-      ascent: sam, asam, gsam: whose gradient is climbed by: global (the whole batch's), device
-        (of each device's rows), or a number of rows (of each group of so many).
+      ascent: sam, asam, fsam, gsam: whose gradient is climbed by: global (the whole batch's),
+        device (of each device's rows), or a number of rows (of each group of so many).
+      climb: sam, asam, fsam, esam: what the first gradient is computed on: whole, or, cheaper,
+        fraction:SHARE of the rows, cut:LAYER (that layer and those above), bfloat16; joined by +.
       epochs: passes over the training split; ignored when steps > 0.
       steps: optimiser updates; 0 = from epochs.
       batch_size: examples an update, over all devices and micro-batches.
@@ -274,6 +276,7 @@ class FinetuneConfig:
     beta: float | None = None
     gamma: float | None = None
     ascent: str | None = None
+    climb: str | None = None
     epochs: float = 3.0
     steps: int = 0
     batch_size: int = 32

@@ -293,6 +293,8 @@ def check_folder(
 
 def _fixed(config: FinetuneConfig) -> dict[str, Any]:
     """The settings that must be the same when a run is resumed."""
+    # A setting that is younger than a run had the default then.
+    config = optimiser.resolved(config)
     # Checkpoints of a run without a method need not know that there are any.
     free = FREE if config.sharpness != "none" else (*FREE, *optimiser.SETTINGS)
     return {k: v for k, v in config_.to_dict(config).items() if k not in free}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from steppe.launch.pods import rank
 from steppe.launch.report import running
 from steppe.models import pretrained, tree
 from steppe.models.model import Model
-from steppe.models.overlays.overlay import OVERLAY
+from steppe.models.overlays.overlay import BASE, OVERLAY
 from steppe.train import evaluate, mesh
 from steppe.train.types import Params, TrainState
 
@@ -172,8 +173,10 @@ def on_host(params: Params, plan: mesh.MeshPlan) -> Params:
 def _export_overlay(
     pieces: Pieces, params: Params, target: Path, labels: Sequence[str] | None
 ) -> None:
-    # What of the delta never trains belongs to it too: nobody can attach it again without.
-    kept = (rf"{OVERLAY}/.*",) if params.get(OVERLAY) else ()
+    # What of the delta never trains belongs to it too, and what the base's files do not hold (a
+    # new pooler): nobody can attach it again without.
+    kept = [rf"{OVERLAY}/.*"] if params.get(OVERLAY) else []
+    kept += [re.escape(f"{BASE}/{path}") for path in pieces.loaded.fresh]
     live, _ = tree.split(params, (*pieces.model.trainable, *kept))
     live = on_host(live, pieces.plan)
     if not rank.lead():

@@ -4,14 +4,16 @@
 method     its own settings                      gradients a step
 =========  ====================================  ==========================================
 none       (AdamW)                               1
-sam        rho, ascent                           2
-asam       rho, eta, ascent                      2
+sam        rho, ascent, climb                    2
+asam       rho, eta, ascent, climb               2
 fsam       rho, keep_ratio, refresh_every,       2
-           fisher, mask, exclude
+           fisher, mask, exclude, ascent, climb
 gsam       rho, alpha, ascent                    2
 looksam    rho, alpha, look_every                1 + 1 / look_every
-esam       rho, beta, gamma                      1 + gamma, and 2 forward passes
+esam       rho, beta, gamma, climb               1 + gamma, and 2 forward passes
 =========  ====================================  ==========================================
+
+``climb`` makes the first gradient an estimate that costs less, see ``steppe.train.ascent``.
 
 The default radii are meant for fine-tuning small pretrained encoders with AdamW: far below the
 papers' 0.05, which is for networks that are trained from the beginning.
@@ -27,24 +29,30 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from steppe.launch.config import FinetuneConfig
     from steppe.optim.fsam import Structure
+    from steppe.train.ascent import Ascent
+    from steppe.train.types import Objective
 
 Method = Literal["none", "sam", "asam", "fsam", "gsam", "looksam", "esam"]
+
+WHOLE = "whole"
 
 # method -> its settings and their defaults; rho is every method's first.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "none": {},
-    "sam": {"rho": 0.01, "ascent": "global"},
-    "asam": {"rho": 0.1, "eta": 0.01, "ascent": "global"},
+    "sam": {"rho": 0.01, "ascent": "global", "climb": WHOLE},
+    "asam": {"rho": 0.1, "eta": 0.01, "ascent": "global", "climb": WHOLE},
     "fsam": {
         "rho": 0.02,
         "keep_ratio": 0.1,
         "refresh_every": 100,
         "fisher": "batch",
         "mask": "element",
+        "ascent": "global",
+        "climb": WHOLE,
     },
     "gsam": {"rho": 0.01, "alpha": 0.4, "ascent": "global"},
     "looksam": {"rho": 0.01, "alpha": 0.7, "look_every": 5},
-    "esam": {"rho": 0.01, "beta": 0.5, "gamma": 0.5},
+    "esam": {"rho": 0.01, "beta": 0.5, "gamma": 0.5, "climb": WHOLE},
 }
 # Settings that are None until somebody gives them.
 OPTIONS = tuple(dict.fromkeys(name for own in DEFAULTS.values() for name in own))
@@ -108,6 +116,15 @@ def _check_values(given: dict[str, Any]) -> None:
         structure(given["mask"])
     if "ascent" in given:
         groups(given["ascent"])
+    if (
+        "climb" in given
+        and climb_parts(given["climb"])
+        and given.get("ascent", "global") != "global"
+    ):
+        raise ValueError(
+            f"climb={given['climb']!r} is of the whole batch, and ascent={given['ascent']!r} lets "
+            "groups of rows climb by themselves: leave one of them out"
+        )
 
 
 def options(config: FinetuneConfig) -> dict[str, Any]:
@@ -157,6 +174,70 @@ def groups(ascent: str) -> str | int:
     if ascent.isdecimal() and int(ascent):
         return int(ascent)
     raise ValueError(f"ascent must be global, device or a number of rows, got {ascent!r}")
+
+
+def climb_parts(text: str) -> dict[str, Any]:
+    """The text of ``--climb``: ``fraction``, ``cut`` and ``dtype``, those of them that it names.
+
+    Raises:
+      ValueError: a part that is none of them, or one that comes twice.
+    """
+    parts: dict[str, Any] = {}
+    for word in () if text == WHOLE else text.split("+"):
+        name, _, number = word.partition(":")
+        made: dict[str, Any] = {}
+        if word in ("bfloat16", "float16"):
+            made["dtype"] = word
+        elif name == "cut" and number.isdecimal() and int(number):
+            made["cut"] = int(number)
+        elif name == "fraction" and _share_of(number):
+            made["fraction"] = float(number)
+        if not made or made.keys() & parts.keys():
+            raise ValueError(
+                "climb must be whole, or of fraction:SHARE with a share in (0, 1], cut:LAYER with "
+                f"a layer from 1 on, and bfloat16, each once and joined by +, got {text!r}"
+            )
+        parts |= made
+    return parts
+
+
+def _share_of(text: str) -> bool:
+    try:
+        return 0 < float(text) <= 1
+    except ValueError:
+        return False
+
+
+def climb(
+    config: FinetuneConfig, model: Any, objective: Callable[[Any], Objective] | None
+) -> Ascent | None:
+    """How a step of the run computes its first gradient; None = on the whole.
+
+    Args:
+      model: the model that is trained.
+      objective: makes the step's objective of a model; None where that is not a function of a
+        model alone, which cannot be cut.
+
+    Raises:
+      ValueError: a cut that the model or the objective does not allow.
+    """
+    from steppe.train import ascent, cut
+
+    given = options(config).get("climb", WHOLE)
+    parts = climb_parts(given)
+    if not parts:
+        return None
+    if "cut" in parts:
+        if objective is None:
+            raise ValueError(
+                f"climb={given!r} cuts the network, which the objective of this run does not "
+                "allow: use fraction:SHARE or bfloat16"
+            )
+        try:
+            parts["cut"] = cut.at_layer(model, parts["cut"], objective)
+        except ValueError as error:
+            raise ValueError(f"climb={given!r}: {error}") from error
+    return ascent.Ascent(**parts)
 
 
 def warmed(rho: Any, share: float, steps: int) -> Any:
@@ -216,6 +297,7 @@ def transform(
         fisher=own["fisher"],
         structure=structure(own["mask"]),
         exclude=config.exclude,
+        ascent=groups(own["ascent"]),
     )
 
 
@@ -229,7 +311,8 @@ def gradients(config: FinetuneConfig) -> float:
     if config.sharpness == "esam":  # a forward pass is about a third of a gradient
         share = float(own["gamma"])
         return 1.0 + share + (2.0 / 3.0 if share < 1.0 else 0.0)
-    return 2.0
+    # A cut saves as much as lies below it of the network, whose depth is not known here.
+    return 1.0 + float(climb_parts(own.get("climb", WHOLE)).get("fraction", 1.0))
 
 
 def describe(config: FinetuneConfig) -> str:
@@ -240,7 +323,7 @@ def describe(config: FinetuneConfig) -> str:
     said = [
         f"{name} {value:g}" if isinstance(value, (int, float)) else f"{name} {value}"
         for name, value in options(config).items()
-        if value != usual[name] or name not in ("fisher", "mask", "eta", "ascent")
+        if value != usual[name] or name not in ("fisher", "mask", "eta", "ascent", "climb")
     ]
     if config.rho_warmup:
         said.append(f"rho rising over the first {config.rho_warmup:.0%} of the steps")

@@ -18,6 +18,8 @@ from steppe.data.errors import near
 from steppe.launch import prose, setup
 from steppe.models import pretrained, tree
 from steppe.models.heads import HeadConfig
+from steppe.models.layers import activation
+from steppe.models.model import Model
 from steppe.models.overlays import (
     Overlay,
     adapter,
@@ -46,24 +48,26 @@ from steppe.train.checkpoint import fingerprint
 
 
 def fixed_prefixes(
-    *, folders: str = "", lengths: Sequence[int] = (10,), attentions: Sequence[str] = ("attn",)
+    *, folders: str = "", lengths: Sequence[int] = (), attentions: Sequence[str] = ()
 ) -> Overlay:
     """The overlay of prefixes that runs with ``--overlay prefix`` have saved.
 
     Args:
       folders: of those runs, joined by ``+``; empty = of these lengths, as a saved one is.
+      lengths, attentions: those of the folders, where they are given too; empty = whatever the
+        folders have, without folders one prefix of 10 rows at ``attn``.
 
     Raises:
       FileNotFoundError: a folder holds no overlay.
-      ValueError: an overlay that is no prefix, prefixes of several bases; from ``init``, a base
-        that they do not belong to.
+      ValueError: an overlay that is no prefix, prefixes of several bases, lengths or attentions
+        that are not theirs; from ``init``, a base that they do not belong to.
     """
     if not folders:
-        return prefix_fixed.overlay(lengths=lengths, attentions=attentions)
+        return prefix_fixed.overlay(lengths=lengths or (10,), attentions=attentions or ("attn",))
     found, hashes = [], []
     for name in folders.split("+"):
         folder = Path(name)
-        saved = files.load(folder / "model" if is_overlay(folder / "model") else folder)
+        saved = _read(folder / "model" if is_overlay(folder / "model") else folder)
         if saved.name != "prefix":
             raise ValueError(f"folders must be runs with one prefix each, {name} has {saved.name}")
         delta = saved.params.get(OVERLAY, {})
@@ -73,11 +77,11 @@ def fixed_prefixes(
             raise ValueError(f"the prefix of {name} is of another base than that of {folders}")
     rows = tuple(prefix_fixed.length_of(one) for one in found)
     names = tuple(n.removesuffix(f".{prefix.SITE}") for n in found[0][tree.STACK])
-    for what, given, own, usual in (
-        ("lengths", tuple(lengths), rows, (10,)),
-        ("attentions", tuple(attentions), names, ("attn",)),
+    for what, given, own in (
+        ("lengths", tuple(lengths), rows),
+        ("attentions", tuple(attentions), names),
     ):
-        if given not in (own, usual):
+        if given not in (own, ()):
             raise ValueError(
                 f"{what}={'/'.join(str(g) for g in given)} are not those of {folders}, "
                 f"{'/'.join(str(o) for o in own)}; leave {what} out where folders are given"
@@ -163,8 +167,11 @@ def parse(texts: Sequence[str]) -> Overlay:
 def settings_of(name: str) -> dict[str, Any]:
     """Settings of an overlay with their defaults."""
     fixed = getattr(KNOWN[name], "keywords", {})
-    found = inspect.signature(KNOWN[name]).parameters
-    return {n: p.default for n, p in found.items() if n not in fixed}
+    return {n: value for n, value in _defaults(KNOWN[name]).items() if n not in fixed}
+
+
+def _defaults(make: Callable[..., Overlay]) -> dict[str, Any]:
+    return {n: p.default for n, p in inspect.signature(make).parameters.items()}
 
 
 def _value(key: str, text: str, default: Any, where: str) -> Any:
@@ -190,16 +197,45 @@ def rebuilt(name: str, settings: Mapping[str, Any]) -> Overlay:
       ValueError: an overlay that this version does not know, or not with these settings.
     """
     if "+" in name and name not in _MADE:
+        for part, own in settings.items():
+            if not isinstance(own or {}, Mapping):
+                raise ValueError(f"the settings of {part!r} in {name!r} are {own!r}, no object")
         return compose(*(rebuilt(_stem(part), own or {}) for part, own in settings.items()))
     if name not in _MADE:
         raise ValueError(f"no overlay is called {name!r}; known: {', '.join(_MADE)}")
     plain = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+    for key, usual in _defaults(_MADE[name]).items():
+        if key in plain and not _fits(key, plain[key], usual):
+            raise ValueError(
+                f"the overlay {name!r} has {key}={settings[key]!r}, which must be "
+                f"{_KINDS[type(usual)]}"
+            )
     try:
         return _MADE[name](**plain)
     except TypeError as error:
         raise ValueError(
             f"the overlay {name!r} has other settings in this version ({error})"
         ) from error
+
+
+_KINDS: dict[type, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a name",
+    tuple: "a list of names, or of whole numbers",
+    type(None): "a number, a flag or null",
+}
+
+
+def _fits(key: str, value: Any, default: Any) -> bool:
+    """Whether what a file says of a setting is of the kind of its default."""
+    if isinstance(default, tuple):
+        kind = int if key in NUMBERS else str
+        return isinstance(value, tuple) and all(type(v) is kind for v in value)
+    if default is None:  # a number or a flag
+        return value is None or isinstance(value, bool | int | float)
+    return type(value) is type(default) or (type(default) is float and type(value) is int)
 
 
 # By the names that overlays give themselves, which stand in the files.
@@ -290,13 +326,13 @@ def load(folder: Path, dtype: Any = "float32") -> pretrained.Loaded:
 
     Raises:
       FileNotFoundError: the base is not there any more.
-      ValueError: a base whose parameters are others than those that the delta was trained on;
-        tensors that are missing, unknown or of another shape than the settings say.
+      ValueError: a base whose parameters are others than those that the delta was trained on; a
+        damaged overlay.json; tensors, of the delta or of the base, that are missing, unknown or of
+        another shape than the settings say.
     """
-    saved = files.load(folder)
+    saved = _read(folder)
+    head, labels = _noted(saved.notes, folder / files.ABOUT)
     origin = setup.origin(saved.base["name"])
-    noted = saved.notes.get("head")
-    head = None if noted is None else HeadConfig(**noted)
     loaded = pretrained.load(origin.weights, head=head)
     found = base_hash(loaded.params)
     if found != saved.base["hash"]:
@@ -309,17 +345,98 @@ def load(folder: Path, dtype: Any = "float32") -> pretrained.Loaded:
         overlay = rebuilt(saved.name, saved.settings)
         wanted = jax.eval_shape(overlay.init, jax.random.key(0), loaded.params)
         tree.same_structure(delta, wanted, ("the file", f"{saved.name} with these settings"))
-        base = tree.replace(loaded.params, tree.flatten(saved.params.get(BASE, {})))
-    except (ValueError, KeyError) as error:
+        bound = overlay.bind(loaded.model)
+        base = _with_kept(loaded, bound, saved.params)
+    # Settings of a damaged file may fail anywhere in the making of the overlay.
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(
-            f"{folder / files.DELTA} is not what {files.ABOUT} beside it describes: {error.args[0]}"
+            f"{folder / files.DELTA} is not what {files.ABOUT} beside it describes: "
+            f"{error.args[0] if error.args else error!r}"
         ) from error
-    params = {BASE: base, OVERLAY: delta}
-    params = tree.cast(params, jnp.dtype(dtype))
-    labels = saved.notes.get("labels")
-    return pretrained.Loaded(
-        overlay.bind(loaded.model), params, folder, labels=None if labels is None else tuple(labels)
-    )
+    params = tree.cast({BASE: base, OVERLAY: delta}, jnp.dtype(dtype))
+    return pretrained.Loaded(bound, params, folder, labels=labels)
+
+
+def _read(folder: Path) -> files.Saved:
+    """A saved overlay that says which base it belongs to.
+
+    Raises:
+      FileNotFoundError, ValueError: as ``files.load``; the base has no name or no hash.
+    """
+    saved = files.load(folder)
+    for key in ("name", "hash"):
+        if not saved.base.get(key):
+            raise ValueError(f"{folder / files.ABOUT} is damaged: its base has no {key!r}")
+    return saved
+
+
+def _noted(
+    notes: Mapping[str, Any], file: Path
+) -> tuple[HeadConfig | None, tuple[str, ...] | None]:
+    """Head and labels that were saved beside a delta.
+
+    Raises:
+      ValueError: they are none.
+    """
+    raw, labels = notes.get("head"), notes.get("labels")
+    head = None
+    try:
+        if raw is not None:
+            head = HeadConfig(**raw)
+            if type(head.num_labels) is not int:
+                raise ValueError(f"num_labels must be a whole number, got {head.num_labels!r}")
+            if head.transform is not None:
+                activation(head.transform)
+            if not 0 <= head.drop < 1:
+                raise ValueError(f"drop must be in [0, 1), got {head.drop!r}")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file} is damaged: notes.head is {raw!r} ({error})") from error
+    if labels is None:
+        return head, None
+    if not isinstance(labels, list) or not all(isinstance(name, str) for name in labels):
+        raise ValueError(f"{file} is damaged: notes.labels is {labels!r}, no list of names")
+    classes = head is not None and head.kind in ("classification", "token")
+    if head is not None and classes and len(labels) != head.num_labels:
+        raise ValueError(
+            f"{file} is damaged: notes.labels names {len(labels)} classes, its head has "
+            f"{head.num_labels}"
+        )
+    return head, tuple(labels)
+
+
+def _with_kept(loaded: pretrained.Loaded, bound: Model, saved: Params) -> Params:
+    """The base's parameters with the leaves in their places that were kept beside a delta.
+
+    Raises:
+      ValueError: a leaf is missing that trains with the delta or that the base's files do not hold,
+        one is there that does neither, or one has another shape.
+    """
+    other = sorted(set(saved) - {BASE, OVERLAY})
+    if other:
+        raise ValueError(f"the file has {other[0]!r}, which is neither of the delta nor the base")
+    own, kept = tree.flatten(loaded.params), tree.flatten(saved.get(BASE, {}))
+    live = [path for path in own if tree.matches(f"{BASE}/{path}", bound.trainable)]
+    for path in live:
+        if path not in kept:
+            raise ValueError(f"the file lacks {BASE}/{path}, which trains with the overlay")
+    for path in loaded.fresh:
+        if path not in kept:
+            raise ValueError(f"the file lacks {BASE}/{path}, which the base's files do not hold")
+    for path, leaf in kept.items():
+        if path not in own:
+            raise ValueError(f"the base has no parameter at {path!r}, which the file has")
+        # What the base's files lack was initialised, and may be kept although it does not train.
+        if path not in live and path not in loaded.fresh:
+            raise ValueError(
+                f"the file has {BASE}/{path}, which does not train with the overlay: the base "
+                "has its own"
+            )
+        if np.shape(leaf) != np.shape(own[path]):
+            raise ValueError(
+                f"shape mismatch at {BASE}/{path}: the file has {np.shape(leaf)}, the base "
+                f"{np.shape(own[path])}"
+            )
+    return tree.replace(loaded.params, kept)
 
 
 def show() -> str:

@@ -225,15 +225,25 @@ def make_step(
     plan: mesh.MeshPlan,
     objective: Objective | None = None,
 ) -> step.TrainStep:
-    """The compiled step of the settings; ``objective`` in place of the usual one of the task."""
+    """The compiled step of the settings; ``objective`` in place of the usual one of the task.
+
+    Raises:
+      ValueError: a first gradient that the model or the objective does not allow.
+    """
+
+    def usual(model: Any) -> Objective:
+        return objectives.for_task(model, kind)
+
+    ascent = optimiser.climb(config, model, usual if objective is None else None)
     return step.make(
-        objectives.for_task(model, kind) if objective is None else objective,
+        usual(model) if objective is None else objective,
         tx,
         plan,
         microbatches=config.microbatches,
         compute_dtype=None if config.compute_dtype == "float32" else config.compute_dtype,
         clip_norm=config.optim.clip_norm or None,
         ema=config.ema or None,
+        ascent=ascent,
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from steppe.launch import config as config_
-from steppe.launch import kinds, machine, opening, outputs, setup
+from steppe.launch import kinds, machine, opening, outputs, overlays, setup
 from steppe.launch.config import DataConfig
 from steppe.launch.progress import Line
 
@@ -283,17 +283,17 @@ def _open(
     """The loss of a run's model on the chosen records, its parameters, and facts about it."""
     from steppe.data import batches
     from steppe.launch.pieces import rows_of
-    from steppe.models import pretrained, tree
+    from steppe.models import packed, pretrained, tree
     from steppe.train.evaluate import sharpness
     from steppe.train.objectives import basic
 
     origin = opening.resolve(name)
-    loaded = pretrained.load(origin.weights)
-    if loaded.model.config.head is None and data.task in ("lm", "chat", "seq2seq"):
-        # Saved without the class of a head; a tied one is there all the same.
-        loaded = pretrained.load(origin.weights, head="lm")
-        if loaded.fresh:
-            raise ValueError(f"{name} holds no output layer ({loaded.fresh[0]} is missing)")
+    if packed.is_packed(origin.weights):
+        raise ValueError(
+            f"{name} holds integers, in which a loss has no slope; measure the model that it was "
+            "made from"
+        )
+    loaded = opening.with_output(origin.weights, data.task)
     head = loaded.model.config.head
     tokenizer = setup.fitting(data, origin, pretrained.load_config(origin.weights))
     named = tuple(loaded.labels or ())
@@ -313,7 +313,8 @@ def _open(
     most = rows_of(loaded.model.config, task.kind, data.max_length, config.batch_size)
     passes = batches.evaluate(dataset, most, buckets=setup.buckets(data))
     # The same function for the same network, so that the second model compiles nothing.
-    shape = (loaded.model.config, task.kind)
+    own = origin.weights if overlays.is_overlay(origin.weights) else None
+    shape = (loaded.model.config, task.kind, own)
     objective = objectives.setdefault(shape, basic.for_task(loaded.model, task.kind))
     params, frozen = tree.split(loaded.params, loaded.model.trainable)
     facts = {"task": task.kind, "label_names": list(task.label_names)}

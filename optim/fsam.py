@@ -33,7 +33,7 @@ from steppe.optim import fisher as fisher_
 from steppe.optim import structure as structure_
 from steppe.optim.check import Radius
 from steppe.optim.perturbation import Perturbation, displace, l2
-from steppe.optim.sam import First, at_radius, static_zero, two_gradients
+from steppe.optim.sam import First, Groups, at_radius, static_zero, two_gradients
 
 # "element", "tensor" (whole tensors, one a layer), "layer", ("head", heads) or ("head", heads,
 # kv_heads), or (N, M): N of every M neighbours.
@@ -69,6 +69,7 @@ def fsam(
     excluded_mode: Literal["zero", "full"] = "zero",
     perturbation: Perturbation | None = None,
     plain_refresh: bool = False,
+    ascent: Groups = "global",
 ) -> optax.GradientTransformationExtraArgs:
     """FSAM around any optax optimiser.
 
@@ -90,6 +91,8 @@ def fsam(
       excluded_mode: "zero" = those are not perturbed, "full" = they are, wholly.
       perturbation: of all entries before masking; default SAM's, see ``perturbation``.
       plain_refresh: steps that refresh the mask are steps of the base optimiser.
+      ascent: whose gradient is climbed by, see :func:`steppe.optim.sam`; the mask is one for all
+        groups, by the gradient of the whole batch, which is then a third one where it is made.
 
     Raises:
       ValueError: an argument outside its range; from ``init``, an exclude pattern that matches
@@ -109,6 +112,8 @@ def fsam(
     check.flag(plain_refresh, "plain_refresh")
     check.function(perturbation, "perturbation", "(g, w, rho) -> e")
     check.radius(rho)
+    check.groups(ascent)
+    groups = ascent
     base = check.base(base)
     perturb = perturbation or l2()
     whole = structure in WHOLE or structure[0] == "head"
@@ -119,7 +124,7 @@ def fsam(
             "exclude, or leave excluded_mode='zero'"
         )
     if whole and keep_ratio == 1 and not exclude and not plain_refresh:
-        return two_gradients(base, rho, perturb, lambda g, sharp: sharp)
+        return two_gradients(base, rho, perturb, lambda g, sharp: sharp, groups)
     off = (whole and keep_ratio == 0 and (not exclude or excluded_mode == "zero")) or static_zero(
         rho
     )
@@ -158,13 +163,15 @@ def fsam(
         *,
         grad_fn: Any = None,
         fisher_fn: Any = None,
+        group_fn: Any = None,
         ascent: Any = None,
         **extra: Any,
     ) -> tuple[Any, FsamState]:
         check.state(state, FsamState, "fsam")
         first = First.of(grads, check.grad_fn(grad_fn, params), params, ascent)
+        extra |= {"grad_fn": grad_fn, "group_fn": group_fn}
         if off:
-            updates, inner = base.update(grads, state.base, params, grad_fn=grad_fn, **extra)
+            updates, inner = base.update(grads, state.base, params, **extra)
             return updates, state._replace(steps=optax.safe_increment(state.steps), base=inner)
         _check_mask(state.mask, params)
         if fisher == "per_sample" and fisher_fn is None:
@@ -172,11 +179,17 @@ def fsam(
                 "fisher='per_sample' needs fisher_fn, a function params -> mean squared gradient "
                 "of the examples: pass tx.update(..., fisher_fn=...); train.step.make does so"
             )
+        if groups != "global":
+            check.group_fn(group_fn, groups, ascent)
         due = (state.age < 0) | (state.age >= refresh_every)
 
         def refresh(_: None) -> tuple[Any, jax.Array]:
-            own = fisher == "batch"
-            scores = fisher_.square(first.direction) if own else fisher_fn(params)
+            if fisher == "batch":
+                # Groups leave the gradient of the batch to nobody else: none but here.
+                alone = groups == "global"
+                scores = fisher_.square(first.direction if alone else first.grad_fn(params))
+            else:
+                scores = fisher_fn(params)
             # A gradient that is not a number says nothing: keep the mask, try again next time.
             good = jnp.array([jnp.isfinite(s).all() for s in jax.tree.leaves(scores)]).all()
             made = make_mask(scores, first.live)
@@ -186,20 +199,26 @@ def fsam(
         mask, age = jax.lax.cond(due, refresh, lambda _: (state.mask, state.age), None)
 
         def climb(radius: Any) -> Any:
-            full = perturb(first.direction, params, radius)
-            step = jax.tree.map(lambda e, m: jnp.where(m, e, 0.0), full, mask)
-            return first.grad_fn(displace(params, step))
+            def displaced(w: Any, g: Any) -> Any:
+                step = jax.tree.map(lambda e, m: jnp.where(m, e, 0.0), perturb(g, w, radius), mask)
+                return displace(w, step)
+
+            if groups != "global":
+                return group_fn(params, displaced, groups)
+            return first.grad_fn(displaced(params, first.direction))
 
         if plain_refresh:
-            final = jax.lax.cond(
-                due,
-                lambda _: first.plain(),
-                lambda _: at_radius(climb, first.plain, rho, state.steps),
-                None,
-            )
+            kinds = jax.eval_shape(first.plain)
+
+            def sharp(_: None) -> Any:
+                # Both branches must give the same types, whatever grad_fn returns.
+                found = at_radius(climb, first.plain, rho, state.steps)
+                return jax.tree.map(lambda leaf, kind: leaf.astype(kind.dtype), found, kinds)
+
+            final = jax.lax.cond(due, lambda _: first.plain(), sharp, None)
         else:
             final = at_radius(climb, first.plain, rho, state.steps)
-        updates, inner = base.update(final, state.base, params, grad_fn=grad_fn, **extra)
+        updates, inner = base.update(final, state.base, params, **extra)
         age = jnp.where(age < 0, age, age + 1)
         return updates, FsamState(optax.safe_increment(state.steps), inner, mask, age)
 

@@ -90,8 +90,6 @@ def looksam(
 
         def look(_: None) -> tuple[Any, Any]:
             sharp = gradient(displace(params, perturb(g, params, radius)))
-            # All branches must give the same types, whatever grad_fn returns.
-            sharp = jax.tree.map(lambda s, g: s.astype(g.dtype), sharp, g)
             share = safe_divide(dot(sharp, g), dot(g, g))
             kept = jax.tree.map(
                 lambda s, g: s.astype(jnp.float32) - share * g.astype(jnp.float32), sharp, g
@@ -101,7 +99,9 @@ def looksam(
             # A step that went wrong must not live on in the steps that follow.
             good = jnp.isfinite(global_norm(kept))
             kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), kept, state.direction)
-            return sharp, kept
+            # All branches must give the same types, whatever grad_fn returns; what is kept must
+            # not see this rounding, which would pass for a direction.
+            return jax.tree.map(lambda s, g: s.astype(g.dtype), sharp, g), kept
 
         def reuse(_: None) -> tuple[Any, Any]:
             scale = alpha * safe_divide(global_norm(g), global_norm(state.direction))

@@ -18,6 +18,9 @@ In a chain, what stands before SAM changes the first gradient only, so the direc
 not what the base gets: a mask or a clip belongs inside, ``sam(chain(selective_gradient(...),
 adamw(...)))``, and a clip of both gradients into ``train.step.make(clip_norm=)``.
 
+A step whose gradient is not a number leaves no trace in the state of these transforms; what the
+base remembers is the base's own: ``sam(optax.apply_if_finite(adamw, 5))`` guards its moments.
+
 ``optax.inject_hyperparams`` may fill in rho, eta and alpha; what a program depends on (group
 sizes, keep_ratio, beta, gamma, seed) it must be told of as ``static_args``, which errors name.
 

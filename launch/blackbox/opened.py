@@ -104,10 +104,10 @@ def open_all(config: BlackboxConfig) -> Opened:
     """Reads model and data, draws the shots and fixes the head. Writes nothing.
 
     Raises:
-      FileNotFoundError: no such model.
+      FileNotFoundError: no such model, or nothing where the search is to start.
       ValueError: more shots than the data holds, words that are not one token each, a rank above
-        the numbers of a prompt, a model that cannot be searched; and whatever is wrong with the
-        data.
+        the numbers of a prompt, rows to start at of another base, a model that cannot be searched;
+        and whatever is wrong with the data.
     """
     origin = setup.origin(config.model)
     bare = pretrained.load_config(origin.weights)
@@ -144,7 +144,7 @@ def open_all(config: BlackboxConfig) -> Opened:
         fresh = tuple(p for p in loaded.fresh if not p.startswith("head/"))
         said = "means of the classes' examples (no word is predicted)"
     hashed = overlays.base_hash(params)
-    overlay, first = _overlay(config, kind, tokenizer, params)
+    overlay, first = _overlay(config, kind, tokenizer, params, hashed)
     bound = overlay.bind(model)
     whole = dataclasses.replace(plan, rules=tuple(bound.axes))
     everything = whole.place({BASE: params, OVERLAY: first})
@@ -235,15 +235,19 @@ def export(opened: Opened, config: BlackboxConfig, rows: jax.Array, target: Path
 
 
 def _overlay(
-    config: BlackboxConfig, kind: str, tokenizer: Any, params: Params
+    config: BlackboxConfig, kind: str, tokenizer: Any, params: Params, hashed: str
 ) -> tuple[Overlay, Params]:
-    """The overlay and its first delta."""
+    """The overlay and its first delta.
+
+    Args:
+      hashed: of the base, which rows to start at must have been trained on.
+    """
     if config.inject == "concat":
         overlay = prompt.overlay(length=config.length)
         made = overlay.init(jax.random.key(0), params)["prompt"]
         rows = jnp.zeros_like(made)
         if config.start:
-            saved = files.load(config.start).params.get(OVERLAY, {})
+            saved = files.load(config.start, fingerprint=hashed).params.get(OVERLAY, {})
             given = saved.get("prompt")
             if given is None or set(saved) != {"prompt"} or given.shape != rows.shape:
                 held = "no prompt" if given is None else f"rows of shape {given.shape}"
@@ -275,11 +279,9 @@ def _verbaliser(
             f"words must name the {task.num_labels} classes ({', '.join(task.label_names)}) in "
             f"their order, got {len(names)}"
         )
-    ids = [_tokens(tokenizer, f" {name.strip()}")[0] for name in names]
+    ids = [_one_token(tokenizer, name, given=bool(config.words)) for name in names]
     if len(set(ids)) < len(ids):
-        raise ValueError(
-            f"words {', '.join(names)} do not differ in their first token; choose others"
-        )
+        raise ValueError(f"words {', '.join(names)} are not all different tokens; choose others")
     loaded = pretrained.load(origin.weights, head="lm")
     if loaded.fresh:
         raise ValueError(f"{origin.name} holds no output layer ({loaded.fresh[0]} is missing)")
@@ -295,6 +297,23 @@ def _verbaliser(
     )
     said = f"logits of the next word after {config.suffix.strip()!r}: {', '.join(names)}"
     return bare.with_head(head).build(), {**params, "head": {"out": {"kernel": kernel}}}, said
+
+
+def _one_token(tokenizer: Any, name: str, *, given: bool) -> int:
+    """The token that ``name`` is as the next word: its score is one column of the logits.
+
+    Args:
+      given: as a word; else it is the name of a class.
+    """
+    ids = _tokens(tokenizer, f" {name.strip()}")
+    if len(ids) > 1:
+        pieces = " ".join(repr(tokenizer.backend.id_to_token(i)) for i in ids)
+        raise ValueError(
+            f"{'words has' if given else 'the class'} {name!r}, which is {len(ids)} tokens "
+            f"({pieces}), but a class is scored by one next token: "
+            f"{'choose a word that is one' if given else 'give words, one for each class'}"
+        )
+    return ids[0]
 
 
 def _tokens(tokenizer: Any, text: str) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,9 @@ def run(config: CompareConfig, command: Sequence[str] = ()) -> dict[str, Any]:
         from steppe.launch.compare import estimate
 
         return estimate.show(config)
-    begun: CompareConfig | None = folders.check(config, folder, GROWS)
-    if begun is not None:
-        rows = ("sources", "sizes", "noise", "methods", "seeds")
-        # Their radii may change.
-        folders.nothing_lost(begun, config, rows, methods=lambda c: [a.name for a in c.arms()])
+    folders.check(config, folder, GROWS)
     journal = Journal(folder)
+    _nothing_lost(config, folder, journal)
     trials = Trials(config)
     trials.open()
     outputs.write_json(folder / folders.CONFIG, config_.to_dict(config))
@@ -78,6 +75,25 @@ def report(folder: Path) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError):
         command = json.loads((folder / "table.json").read_text("utf-8"))["command"]
     return _write(config, Journal(folder), folder, command)
+
+
+def _nothing_lost(config: CompareConfig, folder: Path, journal: Journal) -> None:
+    """
+    Raises:
+      ValueError: a row of the table would be missing.
+    """
+    done = [t for t in journal.rows if t.reported]
+    held = {
+        "sources": [t.cell.source for t in done],
+        "sizes": [t.cell.size for t in done],
+        "noise": [t.cell.noise for t in done],
+        "methods": [t.arm for t in done],
+        "seeds": sorted({t.seed for t in done}),
+    }
+    given: dict[str, Iterable[Any]] = {name: getattr(config, name) for name in held}
+    # Their radii may change.
+    given["methods"] = [arm.name for arm in config.arms()]
+    folders.nothing_lost(folder, held, given)
 
 
 def _one(trial: Trial, trials: Trials, journal: Journal, progress: _Progress) -> bool:

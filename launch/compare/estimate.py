@@ -54,7 +54,9 @@ def show(config: CompareConfig) -> dict[str, Any]:
         total["runs"] += len(runs)
         total["steps"] += sum(steps)
         total["gradients"] += work
-        scored = sum(len(trials.material.whole(s)[1]) for s in config.transfer if s != cell.source)
+        elsewhere = [trials.material.whole(s) for s in config.transfer if s != cell.source]
+        names = built.data.task.label_names
+        scored = sum(len(there) for task, there in elsewhere if task.label_names == names)
         reported = len(runs) - len(choose)
         examples += len(choose) * counts["valid"] + reported * (counts["test"] + scored)
     console.print(table)

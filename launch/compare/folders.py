@@ -6,7 +6,7 @@ import contextlib
 import json
 import signal
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +35,12 @@ def read(folder: Path, kind: type) -> Any:
         ) from error
 
 
-def check(config: Any, folder: Path, grows: Collection[str]) -> Any:
+def check(config: Any, folder: Path, grows: Collection[str]) -> None:
     """Refuses a folder that holds something else, and a resume with other settings.
 
     Args:
       config: settings with ``resume``.
       grows: settings that may change on the way: more rows, not other ones.
-
-    Returns:
-      The settings that the folder was last gone on with; None where nothing is resumed.
 
     Raises:
       FileExistsError: the folder holds something of another command, or a comparison of this one
@@ -60,11 +57,11 @@ def check(config: Any, folder: Path, grows: Collection[str]) -> Any:
             f"{folder} already holds other files ({held[0]}); choose another --out"
         )
     if not held:
-        return None
+        return
     old = read(folder, type(config))
     if not config.resume:
         if held == [CONFIG]:
-            return None  # it ended before anything was finished: from the beginning
+            return  # it ended before anything was finished: from the beginning
         raise FileExistsError(
             f"{folder} already holds another comparison; go on with it by --resume, or choose a "
             "new --out"
@@ -79,29 +76,26 @@ def check(config: Any, folder: Path, grows: Collection[str]) -> Any:
             f"{folder} is a comparison with other settings: {path} was {was!r}, now it is "
             f"{now!r}; resume with the old value or choose a new out"
         )
-    return old
 
 
 def nothing_lost(
-    old: Any, new: Any, names: Collection[str], **as_rows: Callable[[Any], Any]
+    folder: Path, held: Mapping[str, Iterable[Any]], given: Mapping[str, Iterable[Any]]
 ) -> None:
-    """Refuses settings under which rows that the folder holds would be missing from its table.
+    """Refuses settings under which finished rows of a folder would be missing from its table.
 
     Args:
-      old, new: settings of the folder and those given now, of one class with ``out``.
-      names: fields with the rows' names.
-      as_rows: for a field whose values may be written differently, what names its rows.
+      held: by the name of a setting, its values in the finished rows.
+      given: its values now.
 
     Raises:
-      ValueError: a value of ``old`` is not among those of ``new``.
+      ValueError: a value of ``held`` is not among those of ``given``.
     """
-    for name in names:
-        rows = as_rows.get(name, lambda config, name=name: getattr(config, name))
-        before, now = ([str(value) for value in rows(c)] for c in (old, new))
+    for name, values in held.items():
+        before, now = dict.fromkeys(map(str, values)), set(map(str, given[name]))
         lost = [value for value in before if value not in now]
         if lost:
             raise ValueError(
-                f"{old.out} has {name} {' '.join(before)}, and {lost[0]} is not among those given "
+                f"{folder} has {name} {' '.join(before)}, and {lost[0]} is not among those given "
                 "now: with --resume there may be more of them, not fewer; name all, or choose a "
                 "new --out"
             )

@@ -109,7 +109,7 @@ def _value(row: Mapping[str, Any], name: str) -> float:
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Mean and standard deviation (n - 1) of the finite values."""
+    """Mean and standard deviation (n - 1) of the finite values; ``values`` has the others too."""
     good = [v for v in values if math.isfinite(v)]
     return {
         "mean": float(np.mean(good)) if good else None,
@@ -196,7 +196,12 @@ def number(name: str, found: Mapping[str, Any] | None) -> str:
         return f"{found['mean']:,.0f}"
     _, scale, digits = HEAD.get(name, ("", 100, 1))
     text = f"{scale * found['mean']:.{digits}f}"
-    return text if found.get("std") is None else f"{text} ± {scale * found['std']:.{digits}f}"
+    if found.get("std") is not None:
+        text += f" ± {scale * found['std']:.{digits}f}"
+    values = found.get("values", ())
+    good = sum(math.isfinite(v) for v in values)
+    # Seeds without this number are often those where it would have been the largest.
+    return text if good == len(values) else f"{text} ({good} of {len(values)})"
 
 
 def title(cell: Mapping[str, Any]) -> str:

@@ -53,15 +53,15 @@ def run(config: ContinualConfig, command: Sequence[str] = ()) -> dict[str, Any]:
     from rich.console import Console
 
     folder = Path(config.out)
-    begun: ContinualConfig | None = folders.check(config, folder, GROWS)
-    if begun is not None:
-        folders.nothing_lost(begun, config, ("method", "seeds"))
+    folders.check(config, folder, GROWS)
     origin = setup.origin(config.model)
     bare = pretrained.load_config(origin.weights)
     check(config, bare)
     data = material.read(config, origin, bare)
     lines = Lines(folder / FILE)
     done: dict[Key, dict[str, Any]] = lines.by(_key)
+    held = {"method": [method for method, _, _ in done], "seeds": [seed for _, seed, _ in done]}
+    folders.nothing_lost(folder, held, {name: getattr(config, name) for name in held})
     outputs.write_json(folder / folders.CONFIG, config_.to_dict(config))
 
     def finished(row: dict[str, Any]) -> None:
@@ -244,7 +244,7 @@ class _Stream:
         overlays.save(
             self._at(number),
             self.overlay,
-            stream.kept(params, self.model),
+            stream.kept(params, self.model, self.loaded.fresh),
             base=given if given.startswith("asset:") else str(Path(given).expanduser().resolve()),
             hashed=self.hashed,
             model=self.loaded.model,

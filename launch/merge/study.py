@@ -50,13 +50,13 @@ def run(config: StudyConfig, command: Sequence[str] = ()) -> dict[str, Any]:
     from rich.console import Console
 
     folder = Path(config.out)
-    begun: StudyConfig | None = folders.check(config, folder, GROWS)
-    if begun is not None:
-        folders.nothing_lost(begun, config, ("methods", "seeds"))
+    folders.check(config, folder, GROWS)
     for address in config.tasks:  # a mistake is found before anything is trained
         settings_of(config, address)
     lines = Lines(folder / FILE)
     done = finished(lines)
+    held = {"methods": [name for _, name in done], "seeds": [seed for seed, _ in done]}
+    folders.nothing_lost(folder, held, {"methods": config.rows(), "seeds": config.seeds})
     if config.dry_run:
         return _dry(config, done)
     outputs.write_json(folder / folders.CONFIG, config_.to_dict(config))

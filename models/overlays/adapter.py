@@ -144,16 +144,25 @@ def inputs(y: jax.Array, context: SiteContext) -> jax.Array:
     return context.inputs
 
 
-def sites_of(params: Params, ends: Sequence[str]) -> list[str]:
-    """Dense layers of all stacks whose names end so.
+def sites_of(params: Params, ends: Sequence[str], *, each: bool = False) -> list[str]:
+    """Dense layers of all stacks whose names end so, by whole parts: ``ffn.in`` is one of ``in``
+    and of ``ffn.in``, not of ``n``.
+
+    Args:
+      each: every one of ``ends`` must be an end of some layer, as those that a user has named.
 
     Raises:
-      ValueError: there is none.
+      ValueError: there is none; with ``each``, none of one of them.
     """
-    found = [name for name in kernel_paths(params) if name.endswith(tuple(ends))]
-    if not found:
-        raise ValueError(f"this model has no dense layer {' or '.join(ends)}")
-    return found
+    dense = kernel_paths(params)
+    by_end = {end: [n for n in dense if f".{n}".endswith(f".{end}")] for end in ends}
+    void = [end for end, names in by_end.items() if not names]
+    if len(void) == len(by_end) or (each and void):
+        raise ValueError(
+            f"this model has no dense layer {' or '.join(void)}; there are "
+            f"{', '.join(sorted(dense))}"
+        )
+    return [name for name in dense if any(name in names for names in by_end.values())]
 
 
 def start(key: jax.Array, layers: int, width: int, inner: int, std: float, zero: bool) -> Params:

@@ -25,13 +25,16 @@ def compose(*overlays: Overlay) -> Overlay:
 
     Returns:
       An overlay whose delta is ``{name: delta}`` with each overlay's name, ``NAME-2`` for the
-      second one of a name, and so on. It can be merged where all of them can.
+      second one of a name, and so on. It can be merged where all of them can. Of one overlay, that
+      overlay itself, with its own delta: its name would not tell a file of the two apart.
 
     Raises:
       ValueError: no overlay is given.
     """
     if not overlays:
         raise ValueError("compose needs at least one overlay")
+    if len(overlays) == 1:
+        return overlays[0]
     names = _names([overlay.name for overlay in overlays])
     parts = dict(zip(names, overlays, strict=True))
 

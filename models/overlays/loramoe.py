@@ -66,8 +66,9 @@ def overlay(
       rank: r of an expert; 0 is the base itself.
       alpha: numerator of the scale alpha / r.
       drop: dropout rate on the input of the experts; the router sees the input itself.
-      sites: dense layers to adapt, of every stack; those that a model lacks are left out (a
-        gated feed-forward has three, others two).
+      sites: dense layers to adapt, of every stack, by the ends of their names. All three of the
+        default are those of them that a model has (a gated feed-forward has three, others two);
+        of any others it must have each.
       padding: count padded positions in the routers' mass, as the published code does.
 
     Returns:
@@ -76,7 +77,7 @@ def overlay(
 
     Raises:
       ValueError: experts < 1, rank < 0, alpha not finite, no site, a bad dropout rate; from
-        ``init``, a model without these sites, or a rank above a dimension of its matrices.
+        ``init``, a model without one of these sites, or a rank above a dimension of its matrices.
     """
     if experts < 1:
         raise ValueError(f"experts must be >= 1, got {experts}")
@@ -91,7 +92,7 @@ def overlay(
     scale = alpha / rank if rank else 0.0
 
     def init(key: jax.Array, params: Params) -> Params:
-        names = sites_of(params, sites)
+        names = sites_of(params, sites, each=set(sites) != set(PROJECTIONS))
         made = {}
         for name, own in zip(names, jax.random.split(key, len(names)), strict=True):
             layers, d_in, d_out = site_kernel(params, name).shape

@@ -14,6 +14,10 @@ Modules carry the names that ``transformers`` gives them, behind ``base_model.mo
 the base has a head, the name of the body. Prefixes are those without a network: ``peft`` saves
 what the network gave. What a file holds beside these is refused, so that nothing is lost
 silently; heads that were trained along (``modules_to_save``) are the exception, and returned.
+So is a setting that this module does not know, unless it is off.
+
+Of an encoder-decoder ``peft`` makes a prompt of n rows for either stack, and uses the first n, in
+front of the encoder's text.
 """
 
 from __future__ import annotations
@@ -38,7 +42,53 @@ from steppe.models.overlays.overlay import Overlay, kernel_paths
 from steppe.models.tree import Params
 
 CONFIG, WEIGHTS, ROOT = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
-TASKS = {"lm": "CAUSAL_LM"}
+# Keys of adapter_config.json as peft 0.21 writes them, which change nothing here: they say where
+# the tensors came from, or something that the tensors themselves show.
+COMMON = (
+    "auto_mapping base_model_name_or_path inference_mode modules_to_save peft_type peft_version "
+    "revision task_type"
+)
+VIRTUAL = "num_attention_heads num_layers num_transformer_submodules num_virtual_tokens token_dim"
+KEYS = {
+    "LORA": (
+        "corda_config ensure_weight_tying eva_config exclude_modules layers_pattern "
+        "layers_to_transform lora_alpha lora_dropout lora_ga_config megatron_core "
+        "qalora_group_size r target_modules"
+    ),
+    "IA3": "exclude_modules feedforward_modules init_ia3_weights target_modules",
+    "PROMPT_TUNING": (
+        f"{VIRTUAL} prompt_tuning_init prompt_tuning_init_text tokenizer_kwargs "
+        "tokenizer_name_or_path"
+    ),
+    "PREFIX_TUNING": f"{VIRTUAL} encoder_hidden_size init_weights prefix_projection",
+}
+# Keys that change what the tensors mean, with the values that leave it alone.
+NEUTRAL: dict[str, dict[str, Sequence[Any]]] = {
+    "LORA": {
+        "alora_invocation_tokens": ([],),
+        "alpha_pattern": ({},),
+        "arrow_config": (),
+        "bias": ("none",),
+        "fan_in_fan_out": (False,),
+        # Every other one takes something out of the base's matrices when the file is loaded.
+        "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva", "mica"),
+        "kasa_config": (),
+        "layer_replication": ([],),
+        "loftq_config": ({},),
+        "lora_bias": (False,),
+        "megatron_config": (),
+        "monteclora_config": (),
+        "rank_pattern": ({},),
+        "target_parameters": ([],),
+        "trainable_token_indices": ([], {}),
+        "use_bdlora": (False,),
+        "use_dora": (False,),
+        "use_qalora": (False,),
+        "use_rslora": (False, True),
+        "velora_config": (),
+    },
+    "IA3": {"fan_in_fan_out": (False,)},
+}
 
 
 class Adapter(NamedTuple):
@@ -82,6 +132,7 @@ def load(folder: str | os.PathLike[str], model: Model) -> Adapter:
     readers = {"LORA": _lora, "IA3": _ia3, "PROMPT_TUNING": _prompt, "PREFIX_TUNING": _prefix}
     if kind not in readers:
         raise ValueError(f"peft_type {kind!r} has no counterpart; known: {', '.join(readers)}")
+    _refuse(config, kind)
     overlay, delta = readers[kind](config, tensors, model)
     if tensors:
         raise ValueError(
@@ -122,10 +173,11 @@ def save(
         )
     config, tensors = writers[overlay.name](overlay, delta, model)
     head = getattr(model.config, "head", None)
+    tasks = {"lm": "SEQ_2_SEQ_LM" if _pair(model) else "CAUSAL_LM"}
     about = {
         "base_model_name_or_path": base,
         # With a classifier's type ``peft`` would look for the trained head too.
-        "task_type": None if head is None else TASKS.get(head.kind),
+        "task_type": None if head is None else tasks.get(head.kind),
         "inference_mode": True,
         "modules_to_save": None,
         **config,
@@ -193,37 +245,61 @@ def _is_head(name: str, config: Mapping[str, Any]) -> bool:
     return any(f"{part}." in f"{name}." and "lora_" not in name for part in kept)
 
 
-def _refuse(config: Mapping[str, Any], neutral: Mapping[str, Sequence[Any]]) -> None:
-    for name, allowed in neutral.items():
-        value = config.get(name)
-        if value is not None and value not in allowed:
+def _refuse(config: Mapping[str, Any], kind: str) -> None:
+    """Raises a ValueError of a setting that means something else than its tensors alone."""
+    neutral, known = NEUTRAL.get(kind, {}), f"{COMMON} {KEYS[kind]}".split()
+    for name, value in config.items():
+        if value is None or name in known or value in neutral.get(name, ()):
+            continue
+        if name == "init_lora_weights":
+            raise ValueError(
+                f"{name}={value!r} of the adapter has no counterpart here: its base is not the "
+                "model's own, see path_initial_model_for_weight_conversion of peft's "
+                "save_pretrained, which makes a plain adapter of it"
+            )
+        if name in neutral:
             raise ValueError(f"{name}={value!r} of the adapter has no counterpart here")
+        if value is not False and value not in ("", [], {}):
+            raise ValueError(
+                f"{name}={value!r} of the adapter is a setting of {kind} that is not known here, "
+                "and may change what its tensors mean"
+            )
+
+
+def _whole_number(config: Mapping[str, Any], name: str) -> int:
+    value = config.get(name)
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name}={value!r} of the adapter must be a whole number >= 1")
+    return value
+
+
+def _number(config: Mapping[str, Any], name: str, default: float | None = None) -> float:
+    value = config.get(name)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name}={value!r} of the adapter must be a number")
+    return float(value)
 
 
 # Methods --------------------------------------------------------------------------------------
 
 
 def _lora(config: Any, tensors: dict[str, np.ndarray], model: Model) -> tuple[Overlay, Params]:
-    _refuse(config, {"bias": ("none",), "use_dora": (False,), "fan_in_fan_out": (False,)})
-    for name in ("rank_pattern", "alpha_pattern", "layer_replication"):
-        _refuse(config, {name: ({}, [])})
     a, b = (_gathered(tensors, model, f".lora_{n}.weight") for n in "AB")
     if set(a) != set(b) or not a:
         raise ValueError(f"the adapter has lora_A for {sorted(a)}, lora_B for {sorted(b)}")
-    rank = int(config["r"])
     overlay = lora.overlay(
-        rank=rank,
-        alpha=float(config["lora_alpha"]),
+        rank=_whole_number(config, "r"),
+        alpha=_number(config, "lora_alpha"),
         sites=tuple(a),
-        drop=float(config.get("lora_dropout") or 0.0),
-        rank_stabilised=bool(config.get("use_rslora")),
+        drop=_number(config, "lora_dropout", 0.0),
+        rank_stabilised=config.get("use_rslora") is True,
     )
     delta = {n: {"a": a[n].swapaxes(1, 2), "b": b[n].swapaxes(1, 2)} for n in a}
     return overlay, _checked(overlay, {tree.STACK: delta}, model)
 
 
 def _ia3(config: Any, tensors: dict[str, np.ndarray], model: Model) -> tuple[Overlay, Params]:
-    _refuse(config, {"fan_in_fan_out": (False,)})
     found = _gathered(tensors, model, ".ia3_l")
     inner = {n for n in found if n.split(".")[-2:] == ["ffn", "out"]}
     for site, vectors in found.items():
@@ -238,13 +314,17 @@ def _ia3(config: Any, tensors: dict[str, np.ndarray], model: Model) -> tuple[Ove
 
 
 def _prompt(config: Any, tensors: dict[str, np.ndarray], model: Model) -> tuple[Overlay, Params]:
-    rows = _embeddings(tensors)
+    rows = _embeddings(tensors, config, 2 if _pair(model) else 1)
     overlay = prompt.overlay(length=len(rows), site=_embed_site(model), start="uniform")
     return overlay, _checked(overlay, {"prompt": rows}, model)
 
 
 def _prefix(config: Any, tensors: dict[str, np.ndarray], model: Model) -> tuple[Overlay, Params]:
-    rows = _embeddings(tensors)
+    if _pair(model):
+        raise ValueError(
+            f"a prefix of an encoder-decoder ({model.config.family}) has no counterpart here"
+        )
+    rows = _embeddings(tensors, config, 1)
     overlay = prefix.overlay(length=len(rows))
     layers, _, inner = tree.get(model.abstract(), "layers/attn/k/kernel").shape
     if rows.shape[1] != 2 * layers * inner:
@@ -258,10 +338,32 @@ def _prefix(config: Any, tensors: dict[str, np.ndarray], model: Model) -> tuple[
     return overlay, _checked(overlay, {tree.STACK: delta}, model)
 
 
-def _embeddings(tensors: dict[str, np.ndarray]) -> np.ndarray:
+def _embeddings(
+    tensors: dict[str, np.ndarray], config: Mapping[str, Any], stacks: int
+) -> np.ndarray:
+    """The rows [n, ...] that ``peft`` uses of those in the file, n for every stack that it counts.
+
+    Args:
+      stacks: of the model.
+    """
     if "prompt_embeddings" not in tensors:
         raise ValueError("the adapter holds no prompt_embeddings")
-    return tensors.pop("prompt_embeddings")
+    rows = tensors.pop("prompt_embeddings")
+    counted = config.get("num_transformer_submodules")
+    if counted is None:
+        counted = 2 if config.get("task_type") == "SEQ_2_SEQ_LM" else 1
+    if counted not in (1, stacks):
+        raise ValueError(
+            f"num_transformer_submodules={counted!r} of the adapter has no counterpart here: this "
+            f"model has {stacks}"
+        )
+    count = _whole_number(config, "num_virtual_tokens")
+    if rows.ndim != 2 or len(rows) != counted * count:
+        raise ValueError(
+            f"prompt_embeddings is {tuple(rows.shape)}; num_virtual_tokens={count} needs "
+            f"{counted * count} rows"
+        )
+    return rows[:count]
 
 
 def _turned(keys: np.ndarray, model: Model, by: int) -> np.ndarray:
@@ -283,8 +385,13 @@ def _turned(keys: np.ndarray, model: Model, by: int) -> np.ndarray:
     return np.asarray(moved).reshape(keys.shape)
 
 
+def _pair(model: Model) -> bool:
+    """Whether it is an encoder-decoder."""
+    return "encoder" in model.abstract()
+
+
 def _embed_site(model: Model) -> str:
-    return "encoder.embed" if "encoder" in model.abstract() else "embed"
+    return "encoder.embed" if _pair(model) else "embed"
 
 
 def _checked(overlay: Overlay, delta: Params, model: Model) -> Params:
@@ -361,7 +468,7 @@ def _virtual(rows: np.ndarray, model: Model) -> dict[str, Any]:
         "token_dim": rows.shape[1],
         "num_transformer_submodules": 1,
         "num_attention_heads": getattr(config, "kv_heads", None) or config.heads,
-        "num_layers": config.layers,
+        "num_layers": config.encoder_layers if _pair(model) else config.layers,
     }
 
 

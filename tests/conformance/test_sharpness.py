@@ -45,6 +45,11 @@ def largest(a, b):
     return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.abs(x - y).max()), a, b)))
 
 
+def distance(a, b):
+    leaves = jax.tree.leaves(jax.tree.map(lambda x, y: float(np.square(x - y).sum()), a, b))
+    return float(np.sqrt(sum(leaves)))
+
+
 def build(tx, shape=None, microbatches=1, **options):
     plan = None if shape is None else mesh.plan(shape, toy.RULES)
     state = step.init(jax.random.key(0), toy.MODEL, tx, plan, **{
@@ -84,8 +89,11 @@ def test_it_differs_from_the_base_and_bf16_stays_near(name):
     assert largest(whole(name), base) > 1e-4
     state, _ = trained(METHODS[name](), compute_dtype="bfloat16")
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.params))
-    # Adam normalises: where bf16 turns the sign of a small gradient a step differs by 2 lr.
-    assert largest(host(state.params), whole(name)) < 2 * STEPS * 1e-2
+    # Adam normalises: where bf16 turns the sign of a small gradient a step differs by 2 lr, which
+    # few entries do.
+    found = host(state.params)
+    assert largest(found, whole(name)) < 2 * STEPS * 1e-2
+    assert distance(found, whole(name)) < distance(whole(name), base)
 
 
 @pytest.mark.parametrize("name", METHODS)

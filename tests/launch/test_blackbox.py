@@ -201,6 +201,29 @@ def test_a_decoder_is_scored_by_its_next_word(tiny, tmp_path, capsys):
     np.testing.assert_allclose(ours, logits[np.array([a, b])], atol=1e-5)
 
 
+def test_a_class_of_a_decoder_is_one_token(tiny, tmp_path):
+    """A word of several is no column of the logits, be it given or the name of a class."""
+    rows = [{"id": f"r{n}", "text": "a b", "label": ("up we", "down")[n % 2]} for n in range(90)]
+    file = tmp_path / "data.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = BlackboxConfig(
+        model=str(tiny.llama), out=str(tmp_path / "run"), shots=4, budget=24, popsize=4, rank=5,
+        data=DataConfig(source=f"file:{file}", max_length=8, buckets=()), length=2, first_id=8,
+        baselines=False,
+    )  # fmt: skip
+    for words, said in (
+        (
+            ("a", "user b"),
+            r"words has 'user b', which is 2 tokens \('user' 'b'\)",
+        ),
+        ((), r"the class 'up we', which is 2 tokens .* give words, one for each class"),
+        (("a", "a"), "words a, a are not all different tokens"),
+        (("a",), "words must name the 2 classes"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            opened.open_all(dataclasses.replace(config, words=words))
+
+
 def test_rows_in_front_begin_where_another_run_ended(done, reviews, tmp_path):
     """A prompt overlay of the base, as a run with --overlay prompt leaves it."""
     from steppe.models.overlays import prompt
@@ -226,6 +249,12 @@ def test_rows_in_front_begin_where_another_run_ended(done, reviews, tmp_path):
     np.testing.assert_array_equal(saved.params["base"]["head"]["out"]["kernel"], held.means.kernel)
     with pytest.raises(ValueError, match=r"rows of shape \(2, 16\), but the search needs \(3, 16"):
         opened.open_all(dataclasses.replace(config, length=3))
+    about = tmp_path / "given" / "overlay.json"
+    said = json.loads(about.read_text())
+    said["base"]["hash"] = "0" * 16
+    about.write_text(json.dumps(said))
+    with pytest.raises(ValueError, match="hash 0000000000000000.*, not of this base"):
+        opened.open_all(config)
 
 
 def broken(monkeypatch, values):

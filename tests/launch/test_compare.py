@@ -195,11 +195,12 @@ def test_a_run_that_diverges_is_written_down(reviews, tmp_path):
     assert Trials(config).run(Trial(cell, "sam", 1e30, 7, False)).keys() >= {"diverged"}
 
 
-def test_curvature_is_that_of_the_first_examples_of_any_length(reviews, tmp_path):
+def test_curvature_is_that_of_examples_of_any_length_and_class(reviews, tmp_path):
     lines = Path(reviews.a.removeprefix("file:")).read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     for row in rows[::2]:
         row["text"] = " ".join(row["text"].split()[:2])
+    rows.sort(key=lambda row: row["label"])
     source = tmp_path / "mixed.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = small(reviews, tmp_path, curvature=True, curvature_examples=20)
@@ -210,11 +211,18 @@ def test_curvature_is_that_of_the_first_examples_of_any_length(reviews, tmp_path
     trials.open()
     built = trials.build(config.cells()[0], config.arms()[0], 0)
     train = built.data.splits["train"]
-    assert train.lengths[:20].min() <= 4 < train.lengths[:20].max()
     (batch,) = curvature.few(config, built)
     counted = np.asarray(batch["label_mask"]) > 0
-    assert sorted(batch["example_index"][counted]) == list(range(20))
-    assert sorted(batch["attention_mask"][counted].sum(1)) == sorted(train.lengths[:20])
+    found = np.sort(batch["example_index"][counted])
+    assert list(found) == list(range(20))
+    # As many of both classes as chance gives.
+    assert 6 <= batch["labels"][counted].sum() <= 14
+    lengths = batch["attention_mask"][counted].sum(1)
+    assert lengths.min() <= 4 < lengths.max()
+    # The training examples are in the order of their source, which names one class first.
+    assert (np.diff(train.labels) >= 0).all()
+    (again,) = curvature.few(config, trials.build(config.cells()[0], config.arms()[1], 0))
+    np.testing.assert_array_equal(batch["input_ids"], again["input_ids"])
 
 
 def test_a_run_without_curvature_keeps_its_scores(reviews, tmp_path, monkeypatch):
@@ -227,6 +235,13 @@ def test_a_run_without_curvature_keeps_its_scores(reviews, tmp_path, monkeypatch
     (arm,) = found["cells"][0]["arms"]
     assert 0 < arm["metrics"]["accuracy"]["mean"] <= 1
     assert "top_eigenvalue" not in arm["metrics"]
+    assert arm["metrics"]["ball_gap"]["mean"] >= 0
+
+
+def test_a_number_that_some_seeds_lack_says_so():
+    found = table.spread([300.0, math.nan, 320.0])
+    assert table.number("top_eigenvalue", found) == "310.0 ± 14.1 (2 of 3)"
+    assert table.number("top_eigenvalue", table.spread([1.0, 2.0])) == "1.5 ± 0.7"
 
 
 def test_wrong_labels_are_a_share_of_the_training_labels():
@@ -296,6 +311,17 @@ def test_the_command_line(reviews, tmp_path, capsys):
     (tmp_path / "y" / "notes").touch()
     assert cli.main([*given[:-1], f"--out={tmp_path / 'y'}"]) == 2
     assert "already holds other files (notes)" in capsys.readouterr().err
+
+
+def test_what_has_not_run_may_be_left_out(done, tmp_path):
+    config, _, _ = done
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    wider = dataclasses.replace(config, out=str(begun), seeds=(0, 1, 2), sizes=(*config.sizes, 9))
+    (begun / "config.json").write_text(json.dumps(config_.to_dict(wider)))
+    (begun / "runs.jsonl").write_text((Path(config.out) / "runs.jsonl").read_text())
+    found = command.run(dataclasses.replace(config, out=str(begun), resume=True))
+    assert found["trials"] == found["of"]
 
 
 def test_other_settings_are_not_gone_on_with(done):

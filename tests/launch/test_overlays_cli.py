@@ -2,15 +2,18 @@
 again, on its own base alone."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from steppe.launch import cli, overlays
 from steppe.models import pretrained, tree
-from steppe.models.overlays import adapter, compose, files, lora, prefix
+from steppe.models.overlays import adapter, bitfit, compose, files, lora, prefix
 
 pytestmark = pytest.mark.slow
 QUICK = ["--batch-size=16", "--no-baselines", "--epochs=1", "--optim.learning-rate=1e-2"]
@@ -55,6 +58,29 @@ def test_what_cannot_be_merged_is_kept_beside_its_base(runs, tmp_path, capsys):
     trained = {p.split("/")[0] for p in saved.params["base"]}
     assert {"head", "layers"} <= trained  # houlsby trains the norms
     assert set(saved.params["base"]["layers"]) == {"attn_norm", "ffn_norm"}
+
+
+def test_what_the_base_does_not_hold_is_kept_with_the_delta(reviews, tmp_path):
+    """A pooler that was initialised for the run is no part of the base, and never trains."""
+    base = shutil.copytree(reviews.model, tmp_path / "base")
+    held = load_file(base / "model.safetensors")
+    left = {name: leaf for name, leaf in held.items() if "pooler" not in name}
+    assert len(left) < len(held)
+    save_file(left, base / "model.safetensors", metadata={"format": "pt"})
+    run = tmp_path / "run"
+    more = ("--overlay", "prefix:length=2", "--seed=1")
+    assert finetune(reviews, run, *more, model=base) == 0
+    found = json.loads((run / "results.json").read_text())["metrics"]["test"]
+    assert scores(run, tmp_path)["loss"] == pytest.approx(found["loss"], rel=1e-5)
+    file = run / "model" / "delta.safetensors"
+    kept = load_file(file)
+    (name,) = (n for n in kept if "pooler" in n and "kernel" in n)
+    del kept[name]
+    save_file(kept, file)
+    with pytest.raises(
+        ValueError, match="lacks base/pooler/dense/kernel, which the base's files do not"
+    ):
+        overlays.load(run / "model")
 
 
 def test_what_can_be_merged_is(runs, tmp_path):
@@ -108,8 +134,16 @@ def test_a_head_is_fitted_on_prefixes_of_other_runs(reviews, prefix_run, tmp_pat
         ({"overlay/layers/attn.qq/a": (2, 3)}, "a parameter at 'layers/attn.qq/a' that prefix"),
         ({"overlay/layers/attn.kv_prefix/v": None}, "a parameter at 'layers/attn.kv_prefix/v'"),
         ({"overlay/layers/attn.kv_prefix/k": (2, 4, 8)}, "shape mismatch at 'layers/attn.kv_pre"),
-        ({"base/head/xx/kernel": (2, 2)}, "'head/xx/kernel'"),
+        ({"base/head/xx/kernel": (2, 2)}, "no parameter at 'head/xx/kernel'"),
+        ({"base/head/out/bias": None}, "lacks base/head/out/bias, which trains with the overlay"),
+        ({"base/head/out/bias": (1,)}, "base/head/out/bias: the file has (1,), the base (2,)"),
+        ({"base/layers/attn/q/bias": (2, 16)}, "base/layers/attn/q/bias, which does not train"),
+        ({"optimiser/count": (2,)}, "'optimiser', which is neither of the delta nor the base"),
         ({"settings": {"lenght": 2}}, "unexpected keyword argument 'lenght'"),
+        ({"settings": {"length": 2.5}}, "'prefix' has length=2.5, which must be a whole number"),
+        ({"settings": {"attentions": [1]}}, "attentions=[1], which must be a list of names"),
+        ({"name": "prefix+lora", "settings": {"prefix": 3}}, "settings of 'prefix' in"),
+        ({"name": "prefixx"}, "no overlay is called 'prefixx'"),
     ],
 )
 def test_a_file_that_is_not_what_it_says(prefix_run, tmp_path, change, said, capsys):
@@ -119,8 +153,8 @@ def test_a_file_that_is_not_what_it_says(prefix_run, tmp_path, change, said, cap
     delta, about = run / "model" / files.DELTA, run / "model" / files.ABOUT
     leaves, settings = load_file(delta), json.loads(about.read_text())
     for name, shape in change.items():
-        if name == "settings":
-            settings["settings"] = shape
+        if name in ("settings", "name"):
+            settings[name] = shape
         elif shape is None:
             del leaves[name]
         else:
@@ -131,6 +165,58 @@ def test_a_file_that_is_not_what_it_says(prefix_run, tmp_path, change, said, cap
     message = capsys.readouterr().err.splitlines()[-1]
     assert said in message
     assert f"{delta} is not what overlay.json beside it describes" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"base": {}}, "its base has no 'name'"),
+        ({"base": {"name": "x"}}, "its base has no 'hash'"),
+        ({"base": []}, "has no attribute 'items'"),
+        ({"notes": {"head": {"kynd": 1}}}, "notes.head is {'kynd': 1}"),
+        ({"notes": {"head": "classification"}}, "notes.head is 'classification'"),
+        ({"notes": {"head": {"kind": "classification", "num_labels": 2.5}}}, "a whole number"),
+        ({"notes": {"head": {"kind": "token", "transform": ["x"]}}}, "notes.head is"),
+        ({"notes": {"head": {"kind": "token", "drop": "much"}}}, "notes.head is"),
+        ({"notes": {"head": {"kind": "classification"}, "labels": 5}}, "notes.labels is 5"),
+        ({"notes": {"head": {"kind": "classification"}, "labels": ["a"]}}, "names 1 classes"),
+    ],
+)
+def test_a_damaged_overlay_json_is_named(prefix_run, tmp_path, change, said):
+    model = shutil.copytree(prefix_run / "model", tmp_path / "model")
+    about = model / files.ABOUT
+    about.write_text(json.dumps({**json.loads(about.read_text()), **change}))
+    with pytest.raises(ValueError, match=re.escape(said)) as found:
+        overlays.load(model)
+    assert str(found.value).startswith(f"{about} is damaged")
+
+
+def test_norms_and_biases_of_the_base_are_missed(runs, reviews, tmp_path):
+    """What trains of the base beside houlsby adapters, and beside BitFit."""
+    from safetensors.numpy import load_file, save_file
+
+    root, base = runs
+    loaded = pretrained.load(base)
+    biases = bitfit.overlay().bind(loaded.model)
+    params = {"base": loaded.params}
+    live, _ = tree.split(params, biases.trainable)
+    overlays.save(
+        tmp_path / "bitfit", bitfit.overlay(), live, base=str(base),
+        hashed=overlays.base_hash(loaded.params), model=loaded.model, labels=None,
+        tokenizer_dir=None,
+    )  # fmt: skip
+    shutil.copytree(root / "kept" / "model", tmp_path / "houlsby")
+    for name, lost in (
+        ("bitfit", "base/layers/attn/q/bias"),
+        ("houlsby", "base/layers/attn_norm/scale"),
+    ):
+        overlays.load(tmp_path / name)
+        delta = tmp_path / name / files.DELTA
+        leaves = load_file(delta)
+        del leaves[lost]
+        save_file(leaves, delta)
+        with pytest.raises(ValueError, match=f"lacks {lost}, which trains with the overlay"):
+            overlays.load(tmp_path / name)
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +242,37 @@ def test_another_base_is_refused(runs, tmp_path, capsys):
     finally:
         shutil.rmtree(base)
         shutil.move(kept, base)
+
+
+def test_lengths_of_given_folders_must_be_theirs(prefix_run):
+    """The folder's prefix has 2 rows; 10 are what one without folders has."""
+    way = f"prefix-fixed:folders={prefix_run}"
+    assert dict(overlays.parse([f"{way},lengths=2,attentions=attn"]).settings)["lengths"] == (2,)
+    for given, said in (
+        ("lengths=10", "lengths=10 are not those of"),
+        ("lengths=2/2", "lengths=2/2 are not those of"),
+        ("attentions=cross", "attentions=cross are not those of"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            overlays.parse([f"{way},{given}"])
+    plain = overlays.rebuilt("prefix-fixed", {"lengths": [10], "attentions": ["attn"]})
+    assert overlays.fixed_prefixes().settings == plain.settings
+
+
+def test_what_is_composed_of_one_overlay_is_opened_again(runs, tmp_path):
+    _, base = runs
+    loaded = pretrained.load(base)
+    one = compose(lora.overlay(rank=2))
+    live, _ = tree.split(
+        {"base": loaded.params, "overlay": one.init(jax.random.key(0), loaded.params)},
+        one.bind(loaded.model).trainable,
+    )
+    overlays.save(
+        tmp_path / "one", one, live, base=str(base), hashed=overlays.base_hash(loaded.params),
+        model=loaded.model, labels=None, tokenizer_dir=None,
+    )  # fmt: skip
+    again = overlays.load(tmp_path / "one").params["overlay"]
+    jax.tree.map(np.testing.assert_array_equal, again, live["overlay"])
 
 
 def test_names_settings_and_back():

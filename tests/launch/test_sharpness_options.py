@@ -1,15 +1,19 @@
 """``steppe finetune --sharpness``: settings, refusals, and runs of every method."""
 
-import dataclasses
+import functools
 import json
 
 import jax
 import numpy as np
 import pytest
 
-from steppe.launch import cli, config, optimiser, recipes
+from steppe.launch import cli, config, optimiser, pieces, recipes
 from steppe.launch.config import DataConfig, FinetuneConfig
 from steppe.models import pretrained, tree
+from steppe.train import step
+from steppe.train.ascent import Ascent
+from steppe.train.cut import at_layer
+from steppe.train.objectives import basic as objectives
 
 
 def arguments(world, out, *more):
@@ -27,6 +31,16 @@ def arguments(world, out, *more):
         f"--out={out}",
         *more,
     ]
+
+
+def base(reviews, **more):
+    return FinetuneConfig(
+        model=reviews.model,
+        data=DataConfig(source=reviews.a, max_length=8, buckets=(8,)),
+        batch_size=16,
+        steps=1,
+        **more,
+    )
 
 
 def test_a_run_with_fsam_can_be_resumed(reviews, tmp_path, capsys):
@@ -68,6 +82,9 @@ def test_a_run_with_fsam_can_be_resumed(reviews, tmp_path, capsys):
         pytest.param(("esam", "--beta=0.6", "--gamma=0.5"), marks=pytest.mark.slow),
         pytest.param(("sam", "--ascent=8"), marks=pytest.mark.slow),
         pytest.param(
+            ("fsam", "--climb=cut:1+bfloat16", "--keep-ratio=0.5"), marks=pytest.mark.slow
+        ),
+        pytest.param(
             ("fsam", "--mask=1:2", "--exclude", "embed.*", "--fisher=per_sample"),
             marks=pytest.mark.slow,
         ),
@@ -82,16 +99,10 @@ def test_every_method_goes_with_the_rest(reviews, tmp_path, more):
 
 
 def test_a_dry_run_says_what_it_costs(reviews, capsys):
-    from steppe.launch import dryrun, pieces
+    from steppe.launch import dryrun
 
-    base = FinetuneConfig(
-        model=reviews.model,
-        data=DataConfig(source=reviews.a, max_length=8, buckets=(8,)),
-        batch_size=16,
-        steps=1,
-    )
-    plain = dryrun.show(pieces.build(base))
-    sharp = dryrun.show(pieces.build(dataclasses.replace(base, sharpness="sam")))
+    plain = dryrun.show(pieces.build(base(reviews)))
+    sharp = dryrun.show(pieces.build(base(reviews, sharpness="sam")))
     assert (plain["gradients"], sharp["gradients"]) == (1.0, 2.0)
     assert sharp["model_flops"] == 2 * plain["model_flops"]
     assert 1.6 < sharp["compiler_flops"] / plain["compiler_flops"] < 2.2
@@ -104,7 +115,7 @@ def test_a_dry_run_says_what_it_costs(reviews, capsys):
         ({"rho": 0.1}, "rho=0.1 is no setting of sharpness='none'"),
         ({"rho_warmup": 0.1}, "rho_warmup=0.1 is no setting of sharpness='none'"),
         ({"sharpness": "sam", "keep_ratio": 0.1}, "it belongs to sharpness fsam"),
-        ({"sharpness": "fsam", "ascent": "device"}, "sharpness sam or asam or gsam"),
+        ({"sharpness": "esam", "ascent": "device"}, "sharpness sam or asam or fsam or gsam"),
         ({"sharpness": "sam", "exclude": ("x",)}, "it belongs to sharpness fsam"),
         ({"sharpness": "sam", "rho": -0.1}, "rho must be >= 0 and finite, got -0.1"),
         ({"sharpness": "sam", "rho": float("nan")}, "rho must be >= 0 and finite, got nan"),
@@ -114,6 +125,15 @@ def test_a_dry_run_says_what_it_costs(reviews, capsys):
         ({"sharpness": "sam", "ascent": "row"}, "ascent must be global, device or a number"),
         ({"sharpness": "esam", "gamma": 0.0}, r"gamma must be in \(0, 1\], got 0.0"),
         ({"sharpness": "sam", "rho_warmup": 2.0}, r"rho_warmup must be in \[0, 1\], got 2.0"),
+        ({"sharpness": "gsam", "climb": "bfloat16"}, "it belongs to sharpness sam or asam or fsam"),
+        ({"sharpness": "sam", "climb": "half"}, "climb must be whole, or of .* got 'half'"),
+        ({"sharpness": "sam", "climb": "fraction:0"}, "climb must be whole"),
+        ({"sharpness": "sam", "climb": "fraction:nan"}, "climb must be whole"),
+        ({"sharpness": "sam", "climb": "cut:1+cut:2"}, "each once and joined by"),
+        (
+            {"sharpness": "sam", "climb": "cut:1", "ascent": "device"},
+            "ascent='device' lets groups of rows climb by themselves",
+        ),
         ({"sharpness": "sam", "probe": True}, "goes with sharpness='none' only"),
         ({"sharpness": "flat"}, "sharpness must be one of none, sam"),
     ],
@@ -121,6 +141,53 @@ def test_a_dry_run_says_what_it_costs(reviews, capsys):
 def test_mistakes_are_one_sentence(given, said):
     with pytest.raises(ValueError, match=said):
         FinetuneConfig(**given)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [("fraction:0.25", {"fraction": 0.25}), ("cut:1+bfloat16", {"dtype": "bfloat16", "layer": 1})],
+)
+def test_a_cheaper_climb_is_that_of_the_library(reviews, text, parts):
+    built = pieces.build(base(reviews, sharpness="sam", rho=0.5, climb=text))
+    objective = functools.partial(objectives.for_task, kind="classification")
+    layer = parts.pop("layer", None)
+    cut = None if layer is None else at_layer(built.model, layer, objective)
+    ascent = Ascent(**parts, cut=cut)
+    theirs = step.make(objective(built.model), built.tx, built.plan, clip_norm=1.0, ascent=ascent)
+    whole = step.make(objective(built.model), built.tx, built.plan, clip_norm=1.0)
+    batch = next(iter(built.batches))
+    got, wanted, plain = (
+        jax.device_get(train(pieces.start(built), batch)[0].params)
+        for train in (built.train, theirs, whole)
+    )
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (got, plain)), strict=True))
+
+
+def test_a_climb_that_the_network_does_not_allow(reviews):
+    with pytest.raises(ValueError, match=r"climb='cut:2': layer must be in 1..1 for 2 layers"):
+        pieces.build(base(reviews, sharpness="sam", climb="cut:2"))
+    with pytest.raises(ValueError, match="climb='cut:1': the model does not come in parts"):
+        pieces.build(base(reviews, sharpness="sam", climb="cut:1", overlay=("prefix:length=2",)))
+
+
+def test_what_a_climb_costs():
+    given = {"sharpness": "sam", "rho": 0.1}
+    assert optimiser.gradients(FinetuneConfig(**given, climb="fraction:0.5+bfloat16")) == 1.5
+    assert optimiser.gradients(FinetuneConfig(**given)) == 2
+    said = optimiser.describe(FinetuneConfig(**given, climb="fraction:0.5"))
+    assert said == "SAM on AdamW, rho 0.1, climb fraction:0.5; 1.5 gradients a step"
+
+
+def test_an_overlay_that_stays_one_is_measured(reviews, tmp_path):
+    run = tmp_path / "run"
+    assert cli.main(arguments(reviews, run, "--overlay", "prefix:length=2")) == 0
+    more = ["--examples=8", "--iterations=3", "--eigenvalues=1", "--probes=0", "--grid=0"]
+    assert cli.main(["sharpness", str(run), *more, "--rho=0.1", "--steps=2", "--points=3"]) == 0
+    (found,) = json.loads((run / "sharpness.json").read_text())["models"]
+    trained = json.loads((run / "results.json").read_text())["model"]["trainable"]
+    assert found["parameters"] == trained == 162
 
 
 def test_an_exclude_that_matches_nothing_is_refused(reviews, tmp_path, capsys):

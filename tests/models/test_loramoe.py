@@ -213,6 +213,18 @@ def test_nobody_is_told_where_nobody_listens():
     np.testing.assert_array_equal(inner["x"], np.zeros((1, 3)))
 
 
+def test_sites_by_whole_parts_of_their_names(tiny):
+    """Of the three projections, those that there are; of others, those that are named."""
+    _, params = tiny
+    for sites, wanted in (
+        (loramoe.PROJECTIONS, ["ffn.in", "ffn.out"]),
+        (("in", "attn.q"), ["attn.q", "ffn.in"]),
+        (("ffn.in", "in"), ["ffn.in"]),
+    ):
+        made = loramoe.overlay(sites=sites, rank=1).init(jax.random.key(0), params)
+        assert sorted(made["layers"]) == wanted
+
+
 def test_errors(tiny, batch):
     _, params = tiny
     with pytest.raises(ValueError, match="alpha must be finite, got nan"):
@@ -223,6 +235,15 @@ def test_errors(tiny, batch):
         loramoe.overlay(rank=17).init(jax.random.key(0), params)
     with pytest.raises(ValueError, match="has no dense layer ffn.gate"):
         loramoe.overlay(sites=("ffn.gate",)).init(jax.random.key(0), params)
+    there = "there are attn.k, attn.o, attn.q, attn.v, ffn.in, ffn.out"
+    for sites, lost in (
+        (("ffn.in", "attn.zq"), "attn.zq"),
+        (("ffn.in", "ffn.gate"), "ffn.gate"),
+        (("n",), "n"),
+        (("fn.in", "ut"), "fn.in or ut"),
+    ):
+        with pytest.raises(ValueError, match=f"no dense layer {lost}; {there}"):
+            loramoe.overlay(sites=sites).init(jax.random.key(0), params)
     with pytest.raises(ValueError, match="must be even, got 3"):
         objectives.localized_balance_loss(jnp.ones((2, 3)), jnp.zeros(2, jnp.int32))
     with pytest.raises(ValueError, match=r"delta must be in \[0, 1\), got 1"):

@@ -309,6 +309,7 @@ def test_two_that_share_a_site_compose_in_order_and_merge(tiny, batch):
     delta = moved(twice, params, by=0.3)
     assert set(delta) == {"lora", "lora-2"}
     assert twice.merged(MODEL, {"base": params, "overlay": delta}, batch).largest_difference < 1e-5
+    assert compose(low) is low
     assert compose(low, prefix.overlay()).merge is None
     assert compose(bitfit.overlay(), adapter.overlay(kind="houlsby")).trainable == (
         *bitfit.BIASES,

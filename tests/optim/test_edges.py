@@ -211,3 +211,41 @@ def test_a_second_gradient_of_another_precision(method: Any, rho: Any) -> None:
     same(jax.tree.map(jnp.float32, updates), jax.tree.map(lambda g: -0.1 * g, grad(PARAMS)), 0.2)
     updates, _ = tx.update(grads, state, params, grad_fn=precise)  # looksam's other branch
     assert all(jnp.isfinite(u).all() for u in jax.tree.leaves(updates))
+    if method is optim.fsam:
+        tx = method(SGD, rho, plain_refresh=True)
+        updates, _ = tx.update(grads, tx.init(params), params, grad_fn=precise)
+        same(updates, SGD.update(grads, SGD.init(params))[0])
+
+
+def test_what_looksam_keeps_is_not_rounded() -> None:
+    """The direction is formed of what grad_fn returns; bfloat16 is for the base alone."""
+    params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), PARAMS)
+    grads = jax.tree.map(lambda g: g.astype(jnp.bfloat16), grad(params))
+
+    def precise(w: Any) -> Any:
+        return jax.tree.map(lambda g: 1.001 * g.astype(jnp.float32), grads)
+
+    tx = optim.looksam(SGD, 0.1)
+    _, state = tx.update(grads, tx.init(params), params, grad_fn=precise)
+    assert not any(v.any() for v in jax.tree.leaves(state.direction))
+
+
+@pytest.mark.parametrize("outside", [False, True])
+@pytest.mark.parametrize("method", [optim.sam, optim.asam, optim.gsam, optim.looksam, optim.fsam])
+def test_moments_of_the_base_survive_a_bad_step_where_it_is_guarded(
+    method: Any, outside: bool
+) -> None:
+    adam = optax.adam(0.1)
+    tx = method(adam if outside else optax.apply_if_finite(adam, 2), 0.1)
+    tx = optax.apply_if_finite(tx, 2) if outside else tx
+
+    @jax.jit
+    def update(scale: Any, state: Any) -> Any:
+        scaled = lambda w: jax.tree.map(lambda g: scale * g, grad(w))  # noqa: E731
+        return tx.update(scaled(PARAMS), state, PARAMS, grad_fn=scaled)
+
+    updates, state = update(jnp.nan, tx.init(PARAMS))
+    same(updates, jax.tree.map(jnp.zeros_like, PARAMS))
+    updates, state = update(1.0, state)
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves((updates, state)))
+    assert all(x.any() for x in jax.tree.leaves(updates))

@@ -123,6 +123,124 @@ def test_what_we_save(kind, bases, tmp_path):
         np.testing.assert_allclose(a, b, atol=1e-6 if kind == "prefix" else 0)  # turned twice
 
 
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("t5")
+    config = transformers.T5Config(
+        vocab_size=60, d_model=24, d_kv=8, num_heads=3, num_layers=2, num_decoder_layers=2,
+        d_ff=40, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.T5ForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+def translated(model):
+    """peft's logits of targets that are not shifted, with two sources that are padded."""
+    given = {n: torch.tensor(x) for n, x in PAIRS.items()}
+    with torch.no_grad():
+        return model(**given).logits.numpy()
+
+
+PAIRS = {
+    "input_ids": IDS,
+    "attention_mask": (np.arange(7) < np.array([7, 7, 4, 2])[:, None]).astype(int),
+    "decoder_input_ids": IDS[:, :5],
+}
+
+
+@pytest.mark.parametrize("submodules", [None, 1, 2])
+def test_a_prompt_of_an_encoder_decoder(submodules, t5, tmp_path):
+    """peft makes n rows for either stack and reads the first n, in front of the encoder's text."""
+    base = transformers.AutoModelForSeq2SeqLM.from_pretrained(t5).eval()
+    config = peft.PromptTuningConfig(
+        task_type="SEQ_2_SEQ_LM", num_virtual_tokens=3, num_transformer_submodules=submodules
+    )
+    torch.manual_seed(1)
+    wrapped = peft.get_peft_model(base, config).eval()
+    wrapped.save_pretrained(tmp_path / "adapter")
+    loaded = pretrained.load(t5)
+    found = peft_format.load(tmp_path / "adapter", loaded.model)
+    assert found.delta["prompt"].shape == (3, 24)
+    bound = found.overlay.bind(loaded.model)
+    params = {"base": loaded.params, "overlay": found.delta}
+    got = jax.jit(bound.apply)(params, PAIRS).logits
+    np.testing.assert_allclose(got, translated(wrapped), atol=2e-5)
+    plain = jax.jit(loaded.model.apply)(loaded.params, PAIRS).logits
+    assert np.abs(got - plain).max() > 1e-2
+    # And back.
+    saved = peft_format.save(tmp_path / "own", found.overlay, found.delta, loaded.model)
+    again = transformers.AutoModelForSeq2SeqLM.from_pretrained(t5).eval()
+    again = peft.PeftModel.from_pretrained(again, saved).eval()
+    assert isinstance(again, peft.PeftModelForSeq2SeqLM)
+    np.testing.assert_allclose(translated(again), got, atol=2e-5)
+
+
+def test_rows_of_a_prompt_that_are_not_counted(bases, t5, tmp_path):
+    rows = {"prompt_embeddings": np.zeros((6, 24), np.float32)}
+    about = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
+    models = {n: pretrained.load(f).model for n, f in (("llama", bases / "llama"), ("t5", t5))}
+    for name, more, said in (
+        ("llama", {}, r"prompt_embeddings is \(6, 24\); num_virtual_tokens=3 needs 3 rows"),
+        ("llama", {"num_transformer_submodules": 2}, "num_transformer_submodules=2 .* has 1"),
+        ("t5", {"num_virtual_tokens": 2, "task_type": "SEQ_2_SEQ_LM"}, "=2 needs 4 rows"),
+        ("t5", {"num_virtual_tokens": None}, "num_virtual_tokens=None .* must be a whole number"),
+        ("t5", {"peft_type": "PREFIX_TUNING"}, "a prefix of an encoder-decoder"),
+    ):
+        folder = written(tmp_path, {**about, **more}, rows)
+        with pytest.raises(ValueError, match=said):
+            peft_format.load(folder, models[name])
+
+
+def written(folder, config, tensors):
+    from safetensors.numpy import save_file
+
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+INITS = {
+    **dict.fromkeys((True, False, "gaussian", "eva", "orthogonal", "mica"), True),
+    **dict.fromkeys(("pissa", "pissa_niter_4", "olora"), False),
+}
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_initial_values_that_change_the_base(init, bases, tmp_path):
+    """A file whose reload in peft changes the base is refused; any other is what it is there."""
+    folder, model = base_of("lora", bases)
+    task = {"r": 4, "lora_alpha": 7, "target_modules": ["query", "intermediate.dense"]}
+    config = peft.LoraConfig(task_type="SEQ_CLS", init_lora_weights=init, **task)
+    torch.manual_seed(1)
+    wrapped = peft.get_peft_model(model, config).eval()
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    wrapped.save_pretrained(tmp_path)
+    loaded = pretrained.load(folder)
+    if not INITS[init]:
+        with pytest.raises(ValueError, match=f"init_lora_weights='{init}' .* has no counterpart"):
+            peft_format.load(tmp_path, loaded.model)
+        return
+    again = peft.PeftModel.from_pretrained(base_of("lora", bases)[1], tmp_path).eval()
+    found = peft_format.load(tmp_path, loaded.model)
+    params = {"base": loaded.params, "overlay": found.delta}
+    np.testing.assert_allclose(
+        ours(found.overlay.bind(loaded.model), params), theirs(again), atol=2e-5
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_key_of_the_installed_version_is_known(kind):
+    config = KINDS[kind][0](**KINDS[kind][1]).to_dict()
+    method = config["peft_type"].value
+    known = f"{peft_format.COMMON} {peft_format.KEYS[method]}".split()
+    assert set(config) == {*known, *peft_format.NEUTRAL.get(method, ())}
+    assert not set(known) & set(peft_format.NEUTRAL.get(method, ()))
+
+
 def test_what_has_no_counterpart_is_named(bases, tmp_path):
     loaded = pretrained.load(bases / "bert")
     overlay = KINDS["lora"][2]
@@ -136,12 +254,27 @@ def test_what_has_no_counterpart_is_named(bases, tmp_path):
     for more, said in (
         ({"use_dora": True}, "use_dora=True of the adapter has no counterpart"),
         ({"bias": "all"}, "bias='all'"),
+        ({"alora_invocation_tokens": [3, 4]}, r"alora_invocation_tokens=\[3, 4\]"),
+        ({"use_qalora": True}, "use_qalora=True of the adapter has no counterpart"),
+        ({"use_rslora": "yes"}, "use_rslora='yes' of the adapter has no counterpart"),
+        ({"init_lora_weights": "corda"}, "path_initial_model_for_weight_conversion"),
+        ({"use_tomorrow": {"a": 1}}, r"use_tomorrow={'a': 1} .* setting of LORA .* not known"),
+        ({"r": None}, "r=None of the adapter must be a whole number >= 1"),
+        ({"r": 2.5}, "r=2.5 of the adapter must be a whole number"),
+        ({"lora_alpha": "much"}, "lora_alpha='much' of the adapter must be a number"),
         ({"peft_type": "LOHA"}, "peft_type 'LOHA' has no counterpart; known: LORA, IA3"),
         ({"r": 4}, "differ|shape|has"),
     ):
         change(**more)
         with pytest.raises(ValueError, match=said):
             peft_format.load(saved, loaded.model)
+    change(use_tomorrow=False, tomorrow_config=None, tomorrow_names=[])
+    peft_format.load(saved, loaded.model)
+    (saved / "adapter_config.json").write_text(
+        json.dumps({n: v for n, v in config.items() if n != "r"})
+    )
+    with pytest.raises(ValueError, match="r=None of the adapter must be a whole number >= 1"):
+        peft_format.load(saved, loaded.model)
     change()
     with pytest.raises(ValueError, match="no layer of this|lora_A for"):
         peft_format.load(saved, pretrained.load(bases / "llama").model)

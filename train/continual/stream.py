@@ -13,6 +13,7 @@ has ended with.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -21,7 +22,7 @@ import optax
 
 from steppe.models import tree
 from steppe.models.overlays import o_lora
-from steppe.models.overlays.overlay import OVERLAY
+from steppe.models.overlays.overlay import BASE, OVERLAY
 from steppe.train import loop, step
 from steppe.train.mesh import MeshPlan
 from steppe.train.step import TrainStep
@@ -149,11 +150,15 @@ def run(
         yield Learnt(number, state, [float(value) for value in score(params)])
 
 
-def kept(params: Params, model: ModelLike) -> Params:
+def kept(params: Params, model: ModelLike, fresh: Sequence[str] = ()) -> Params:
     """The leaves that a stream must keep of a task's end to go on: what trains, and the bank.
 
     The frozen base is the same for all tasks and left out. Copies on the host.
+
+    Args:
+      fresh: paths in the base that its files do not hold, which are kept too.
     """
-    live, _ = tree.split(params, (*model.trainable, rf"{OVERLAY}/.*"))
+    new = (re.escape(f"{BASE}/{path}") for path in fresh)
+    live, _ = tree.split(params, (*model.trainable, rf"{OVERLAY}/.*", *new))
     found: Params = jax.device_get(live)
     return found
