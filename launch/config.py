@@ -202,6 +202,8 @@ class FinetuneConfig:
       lora: a LoRA overlay in place of full fine-tuning; rank 0 = none.
       overlay: parameter-efficient methods in place of full fine-tuning, ``NAME`` or
         ``NAME:SETTING=VALUE,...``, see ``steppe overlays list``; several are composed.
+      merge: export an overlay as part of the weights, where it can be; else beside its base,
+        as ``models.overlays.bank`` reads it.
       balance: loramoe: the constraint that balances its experts; beta 0 = none.
       sharpness: sharpness-aware method around AdamW, see ``steppe.optim``; most take two
         gradients a step. What follows, up to climb, are its settings, None being the
@@ -261,6 +263,7 @@ class FinetuneConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     overlay: tuple[str, ...] = ()
+    merge: bool = True
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     sharpness: optimiser.Method = "none"
     rho: float | None = None

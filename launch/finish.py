@@ -112,10 +112,11 @@ def export(
     pieces: Pieces, params: Params, target: Path, labels: Sequence[str] | None
 ) -> float | None:
     """Writes the Hugging Face folder; an overlay is merged, in float32, and the largest logit
-    difference that this makes on a batch of the test split is returned. One that cannot be merged
-    is written by itself, beside the address and the hash of its base."""
+    difference that this makes on a batch of the test split is returned. One that cannot be merged,
+    or is not to be, is written by itself, beside the address and the hash of its base."""
     difference = None
-    if pieces.overlay is not None and pieces.overlay.merge is None:
+    apart = pieces.overlay is not None and (pieces.overlay.merge is None or not pieces.config.merge)
+    if apart:
         _export_overlay(pieces, params, target, labels)
         return None
     if pieces.overlay is not None:

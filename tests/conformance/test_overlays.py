@@ -26,11 +26,23 @@ from steppe.models.overlays import (
     o_lora,
     plugat,
     prefix,
+    prefix_fixed,
     prompt,
+    residual_prompt,
     unipelt,
 )
 from steppe.train import checkpoint, mesh, objectives, step
 
+_RNG = np.random.default_rng(7)
+# Two saved prefixes, of 2 rows and of 1, at the three layers of the network below.
+SAVED = [
+    {
+        "layers": {
+            "attn.kv_prefix": {n: _RNG.normal(size=(3, rows, 16)).astype(np.float32) for n in "kv"}
+        }
+    }
+    for rows in (2, 1)
+]
 DENSE = ("attn.q", "attn.k", "attn.v", "attn.o", "ffn.in", "ffn.out")
 # name -> (overlay, its neutral setting or None where there is none)
 OVERLAYS = {
@@ -49,8 +61,15 @@ OVERLAYS = {
         compose(prompt.overlay(length=2), prefix.overlay(length=2, hidden=4)),
         None,
     ),
+    "residual prompt": (residual_prompt.overlay(length=2, bottleneck=4), None),
+    "fixed prefixes": (prefix_fixed.overlay(lengths=(2, 1), prefixes=SAVED), None),
     "added prompt": (added_prompt.overlay(length=2, ids=(5, 6, 7)), None),
     "houlsby": (adapter.overlay(kind="houlsby", width=4), None),
+    "pfeiffer": (
+        adapter.overlay(kind="pfeiffer", width=4),
+        adapter.overlay(kind="pfeiffer", width=4, std=0.0),
+    ),
+    "parallel": (adapter.overlay(kind="parallel", width=4),) * 2,
     "compacter": (compacter.overlay(n=2, reduction=4), None),
     "unipelt": (unipelt.overlay(rank=2, length=2, reduction=4), None),
     "idpg": (idpg.overlay(length=2, bottleneck=4, n=2, drop=0.0), idpg.overlay(length=0, n=2)),
@@ -157,7 +176,8 @@ def test_it_learns_and_leaves_the_base_alone(name, base, reference):
     for path, leaf in tree.flatten(state.frozen["base"]).items():
         np.testing.assert_array_equal(leaf, flat[path], err_msg=path)
     trained = set(tree.paths(state.params))
-    assert {"overlay", "base"} == {p.split("/")[0] for p in trained}
+    roots = {"base"} if name == "fixed prefixes" else {"overlay", "base"}
+    assert roots == {p.split("/")[0] for p in trained}
     also = tuple(f"base/(?:{p})" for p in OVERLAYS[name][0].trainable)
     own = [p for p in trained if not tree.matches(p, also)]
     assert all(p.startswith(("overlay/", "base/head/")) for p in own)

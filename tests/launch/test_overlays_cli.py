@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from steppe.launch import cli, overlays
 from steppe.models import pretrained, tree
-from steppe.models.overlays import adapter, bitfit, compose, files, lora, prefix
+from steppe.models.overlays import adapter, bank, bitfit, compose, files, lora, prefix
 
 pytestmark = pytest.mark.slow
 QUICK = ["--batch-size=16", "--no-baselines", "--epochs=1", "--optim.learning-rate=1e-2"]
@@ -90,6 +90,25 @@ def test_what_can_be_merged_is(runs, tmp_path):
     assert pretrained.load(root / "merged" / "model").model.config.head is not None
     again = scores(root / "merged", tmp_path)
     assert again["accuracy"] == pytest.approx(found["metrics"]["test"]["accuracy"])
+
+
+def test_what_is_not_to_be_merged_goes_into_a_bank(reviews, tmp_path):
+    runs = [tmp_path / name for name in "ab"]
+    for seed, run in enumerate(runs):
+        more = ("--overlay", "lora:rank=2", "--no-merge", f"--seed={seed}")
+        assert finetune(reviews, run, *more) == 0
+        found = json.loads((run / "results.json").read_text())
+        assert "largest_logit_difference_after_merge" not in found["model"]
+        again = scores(run, tmp_path)
+        assert again["loss"] == pytest.approx(found["metrics"]["test"]["loss"], rel=1e-6)
+    both = bank.load([run / "model" for run in runs])
+    alone = [overlays.load(run / "model") for run in runs]
+    stacked = both.params["overlay"]["layers"]
+    for name, pair in stacked.items():
+        for number, one in enumerate(alone):
+            np.testing.assert_array_equal(
+                pair["b"][number], one.params["overlay"]["layers"][name]["b"]
+            )
 
 
 def test_overlays_that_need_more_than_sites(reviews, tmp_path):
