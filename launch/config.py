@@ -489,7 +489,7 @@ def read(run: Path) -> FinetuneConfig:
 def _of_file(kind: type, values: Any, file: Path) -> Any:
     try:
         return from_dict(kind, values)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(
             f"{file} is of another command or version ({error}); name another folder"
         ) from error

@@ -40,6 +40,7 @@ FREE = (
     "save_every",
     "eval_every",
     "keep",
+    "merge",
     "baselines",
     "tensorboard",
     "mesh",

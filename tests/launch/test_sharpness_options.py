@@ -196,6 +196,13 @@ def test_an_exclude_that_matches_nothing_is_refused(reviews, tmp_path, capsys):
     assert "no/such/leaf" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("junk", [{"batch_size": "8"}, {"data": 3}, {"rho": []}])
+def test_settings_of_another_kind_in_a_file_are_one_sentence(junk, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(junk))
+    with pytest.raises(ValueError, match="of another command or version .*; name another folder"):
+        config.read(tmp_path)
+
+
 def test_runs_of_before_can_be_read_and_resumed():
     old = config.to_dict(recipes.vader_movies())
     for name in optimiser.SETTINGS:
