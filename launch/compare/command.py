@@ -83,7 +83,7 @@ def _nothing_lost(config: CompareConfig, folder: Path, journal: Journal) -> None
       ValueError: a row of the table would be missing.
     """
     done = [t for t in journal.rows if t.reported]
-    held = {
+    held: dict[str, Iterable[Any]] = {
         "sources": [t.cell.source for t in done],
         "sizes": [t.cell.size for t in done],
         "noise": [t.cell.noise for t in done],

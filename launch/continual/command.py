@@ -12,7 +12,7 @@ import dataclasses
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,10 @@ def run(config: ContinualConfig, command: Sequence[str] = ()) -> dict[str, Any]:
     data = material.read(config, origin, bare)
     lines = Lines(folder / FILE)
     done: dict[Key, dict[str, Any]] = lines.by(_key)
-    held = {"method": [method for method, _, _ in done], "seeds": [seed for _, seed, _ in done]}
+    held: dict[str, Iterable[Any]] = {
+        "method": [method for method, _, _ in done],
+        "seeds": [seed for _, seed, _ in done],
+    }
     folders.nothing_lost(folder, held, {name: getattr(config, name) for name in held})
     outputs.write_json(folder / folders.CONFIG, config_.to_dict(config))
 

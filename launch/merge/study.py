@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,10 @@ def run(config: StudyConfig, command: Sequence[str] = ()) -> dict[str, Any]:
         settings_of(config, address)
     lines = Lines(folder / FILE)
     done = finished(lines)
-    held = {"methods": [name for _, name in done], "seeds": [seed for seed, _ in done]}
+    held: dict[str, Iterable[Any]] = {
+        "methods": [name for _, name in done],
+        "seeds": [seed for seed, _ in done],
+    }
     folders.nothing_lost(folder, held, {"methods": config.rows(), "seeds": config.seeds})
     if config.dry_run:
         return _dry(config, done)
