@@ -16,7 +16,9 @@ esam       rho, beta, gamma, climb               1 + gamma, and 2 forward passes
 ``climb`` makes the first gradient an estimate that costs less, see ``steppe.train.ascent``.
 
 The default radii are meant for fine-tuning small pretrained encoders with AdamW: far below the
-papers' 0.05, which is for networks that are trained from the beginning.
+papers' 0.05, which is for networks that are trained from the beginning. So is LookSAM's alpha, 0.7
+in the paper: the kept direction has that share of the gradient's length whatever rho is, and with
+0.7 MiniLM-L6 learnt nothing (RESULTS, Flat minima).
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "climb": WHOLE,
     },
     "gsam": {"rho": 0.01, "alpha": 0.4, "ascent": "global"},
-    "looksam": {"rho": 0.01, "alpha": 0.7, "look_every": 5},
+    "looksam": {"rho": 0.01, "alpha": 0.1, "look_every": 5},
     "esam": {"rho": 0.01, "beta": 0.5, "gamma": 0.5, "climb": WHOLE},
 }
 # Settings that are None until somebody gives them.
