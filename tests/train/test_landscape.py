@@ -370,10 +370,16 @@ def test_bad_input_is_named(call, words):
         call()
 
 
-def test_an_integer_is_no_key():
+@pytest.mark.parametrize("key", [0, jnp.zeros(3), jnp.int32(0), jax.random.split(KEY)])
+def test_what_is_no_key(key):
     for call in (s.top_eigenvalues, s.trace, s.spectral_density):
         with pytest.raises(TypeError, match=r"key must be a key such as jax.random.key\(0\)"):
-            call(slope, ORIGIN, 0)
+            call(slope, ORIGIN, key)
+
+
+def test_an_old_key_is_one():
+    old = s.top_eigenvalues(slope, ORIGIN, jax.random.PRNGKey(0), iterations=2)
+    assert bool(jnp.isfinite(old.values).all())
 
 
 def test_rows_that_do_not_fit_the_mesh_are_named():

@@ -276,8 +276,12 @@ def check_key(key: Any) -> None:
     Raises:
       TypeError: naming what to pass instead.
     """
-    if not isinstance(key, jax.Array):
-        raise TypeError(f"key must be a key such as jax.random.key(0), got {key!r}")
+    if isinstance(key, jax.Array):
+        if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 0:
+            return
+        if key.dtype == jnp.uint32 and key.ndim == 1:  # of jax.random.PRNGKey
+            return
+    raise TypeError(f"key must be a key such as jax.random.key(0), got {key!r}")
 
 
 def whole(name: str, value: Any, least: int) -> int:
