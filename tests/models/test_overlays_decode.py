@@ -5,7 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from steppe.models.overlays import adapter, bitfit, compacter, compose, ia3, prefix, prompt, unipelt
+from steppe.models.overlays import (
+    adapter,
+    bitfit,
+    compacter,
+    compose,
+    ia3,
+    lora,
+    loramoe,
+    o_lora,
+    prefix,
+    prompt,
+    residual_prompt,
+    unipelt,
+)
 
 from .test_decoder_decode import CONFIGS, check, made
 from .test_seq2seq import U, close, source, target, tiny
@@ -34,6 +47,22 @@ def test_decoders(name, overlay):
     chosen = DECODER[overlay]
     full = check(chosen.bind(model), {"base": params, "overlay": away(chosen, params)}, atol=3e-5)
     assert np.abs(full - check_plain(name)).max() > 1e-3
+
+
+MORE = {
+    "lora": lora.overlay(rank=2),
+    "o-lora": o_lora.overlay(tasks=2, rank=2),
+    "loramoe": loramoe.overlay(experts=3, rank=2, drop=0.0),
+    "residual prompt": residual_prompt.overlay(length=2, bottleneck=4),
+}
+
+
+@pytest.mark.parametrize("overlay", MORE)
+def test_one_decoder_under_the_others(overlay):
+    model, params = made(CONFIGS["llama"])
+    chosen = MORE[overlay]
+    full = check(chosen.bind(model), {"base": params, "overlay": away(chosen, params)}, atol=3e-5)
+    assert np.abs(full - check_plain("llama")).max() > 1e-3
 
 
 PLAIN = {}
