@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,7 @@ from steppe.launch.pods import rank
 from steppe.launch.report import running
 from steppe.models import pretrained, tree
 from steppe.models.model import Model
-from steppe.models.overlays.overlay import BASE, OVERLAY
+from steppe.models.overlays import files
 from steppe.train import evaluate, mesh
 from steppe.train.types import Params, TrainState
 
@@ -174,11 +173,7 @@ def on_host(params: Params, plan: mesh.MeshPlan) -> Params:
 def _export_overlay(
     pieces: Pieces, params: Params, target: Path, labels: Sequence[str] | None
 ) -> None:
-    # What of the delta never trains belongs to it too, and what the base's files do not hold (a
-    # new pooler): nobody can attach it again without.
-    kept = [rf"{OVERLAY}/.*"] if params.get(OVERLAY) else []
-    kept += [re.escape(f"{BASE}/{path}") for path in pieces.loaded.fresh]
-    live, _ = tree.split(params, (*pieces.model.trainable, *kept))
+    live = files.belongs(params, pieces.model.trainable, pieces.loaded.fresh)
     live = on_host(live, pieces.plan)
     if not rank.lead():
         return

@@ -197,7 +197,8 @@ def climb_parts(text: str) -> dict[str, Any]:
         if not made or made.keys() & parts.keys():
             raise ValueError(
                 "climb must be whole, or of fraction:SHARE with a share in (0, 1], cut:LAYER with "
-                f"a layer from 1 on, and bfloat16, each once and joined by +, got {text!r}"
+                "a layer from 1 on, and bfloat16 or float16, each once and joined by +, got "
+                f"{text!r}"
             )
         parts |= made
     return parts

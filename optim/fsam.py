@@ -33,7 +33,7 @@ from steppe.optim import fisher as fisher_
 from steppe.optim import structure as structure_
 from steppe.optim.check import Radius
 from steppe.optim.perturbation import Perturbation, displace, l2
-from steppe.optim.sam import First, Groups, at_radius, static_zero, two_gradients
+from steppe.optim.sam import First, Groups, at_radius, static_zero, two_gradients, typed_as
 
 # "element", "tensor" (whole tensors, one a layer), "layer", ("head", heads) or ("head", heads,
 # kv_heads), or (N, M): N of every M neighbours.
@@ -185,9 +185,9 @@ def fsam(
 
         def refresh(_: None) -> tuple[Any, jax.Array]:
             if fisher == "batch":
-                # Groups leave the gradient of the batch to nobody else: none but here.
-                alone = groups == "global"
-                scores = fisher_.square(first.direction if alone else first.grad_fn(params))
+                # With groups nobody else needs the gradient of the batch: it is taken here alone.
+                g = first.direction if groups == "global" else first.grad_fn(params)
+                scores = fisher_.square(g)
             else:
                 scores = fisher_fn(params)
             # A gradient that is not a number says nothing: keep the mask, try again next time.
@@ -211,9 +211,7 @@ def fsam(
             kinds = jax.eval_shape(first.plain)
 
             def sharp(_: None) -> Any:
-                # Both branches must give the same types, whatever grad_fn returns.
-                found = at_radius(climb, first.plain, rho, state.steps)
-                return jax.tree.map(lambda leaf, kind: leaf.astype(kind.dtype), found, kinds)
+                return typed_as(at_radius(climb, first.plain, rho, state.steps), kinds)
 
             final = jax.lax.cond(due, lambda _: first.plain(), sharp, None)
         else:

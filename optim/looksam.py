@@ -25,7 +25,7 @@ import optax
 from steppe.optim import check
 from steppe.optim.check import Radius
 from steppe.optim.perturbation import displace, dot, global_norm, l2
-from steppe.optim.sam import radius_at, safe_divide, static_zero
+from steppe.optim.sam import radius_at, safe_divide, static_zero, typed_as
 
 # Share of the sharp gradient below which g_v is rounding.
 ROUNDING = 1e-6
@@ -99,9 +99,8 @@ def looksam(
             # A step that went wrong must not live on in the steps that follow.
             good = jnp.isfinite(global_norm(kept))
             kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), kept, state.direction)
-            # All branches must give the same types, whatever grad_fn returns; what is kept must
-            # not see this rounding, which would pass for a direction.
-            return jax.tree.map(lambda s, g: s.astype(g.dtype), sharp, g), kept
+            # What is kept must not see this rounding, which would pass for a direction.
+            return typed_as(sharp, g), kept
 
         def reuse(_: None) -> tuple[Any, Any]:
             scale = alpha * safe_divide(global_norm(g), global_norm(state.direction))

@@ -305,12 +305,12 @@ def at_radius(
         return climb(rho)
     radius = radius_at(rho, steps)
     kinds = jax.eval_shape(stay)
+    return jax.lax.cond(radius == 0, lambda _: stay(), lambda r: typed_as(climb(r), kinds), radius)
 
-    def like_stay(radius: Any) -> Any:
-        # Both branches must give the same types, whatever grad_fn returns.
-        return jax.tree.map(lambda leaf, kind: leaf.astype(kind.dtype), climb(radius), kinds)
 
-    return jax.lax.cond(radius == 0, lambda _: stay(), like_stay, radius)
+def typed_as(found: Any, like: Any) -> Any:
+    """``found`` in the types of ``like``: branches must agree in them, whatever grad_fn returns."""
+    return jax.tree.map(lambda leaf, kind: leaf.astype(kind.dtype), found, like)
 
 
 def radius_at(rho: Radius, steps: jax.Array) -> jax.Array:

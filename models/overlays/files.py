@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +41,20 @@ class Saved(NamedTuple):
     settings: dict[str, Any]
     base: dict[str, str]
     notes: dict[str, Any]
+
+
+def belongs(params: Params, trainable: Sequence[str], fresh: Sequence[str] = ()) -> Params:
+    """The leaves of ``{"base", "overlay"}`` that a folder must hold, so that the delta can be
+    attached again: the whole delta, what trains of the base, and what the base's files lack.
+
+    Args:
+      trainable: patterns of what trains, see ``models.model.Model``.
+      fresh: paths in the base that its files do not hold and that were initialised, such as a new
+        pooler.
+    """
+    more = [rf"{OVERLAY}/.*"] if params.get(OVERLAY) else []
+    more += [re.escape(f"{BASE}/{path}") for path in fresh]
+    return tree.split(params, (*trainable, *more))[0]
 
 
 def save(

@@ -1,9 +1,6 @@
 """m-sharpness inside the training step: groups of rows that climb by themselves."""
 
 import re
-import runpy
-from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,33 +14,7 @@ from steppe.train import mesh, step
 from steppe.train.ascent import Ascent
 from steppe.train.types import components
 
-PROGRAMS = Path(__file__).parents[1] / "train" / "programs"
-toy = SimpleNamespace(**runpy.run_path(str(PROGRAMS / "toy.py")))
-ADAMW = optax.adamw(1e-2)
-SGD = optax.sgd(0.1)
-
-
-def host(tree_):
-    return jax.tree.map(np.array, tree_)
-
-
-def largest(a, b):
-    return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.abs(x - y).max()), a, b)))
-
-
-def build(tx, shape=None, microbatches=1, objective=toy.ce, model=toy.MODEL, **options):
-    plan = None if shape is None else mesh.plan(shape, toy.RULES)
-    start = {k: options.pop(k) for k in ("trainable",) if k in options}
-    state = step.init(jax.random.key(0), model, tx, plan, **start)
-    return state, step.make(objective, tx, plan, microbatches=microbatches, **options)
-
-
-def trained(tx, *args, steps=3, **options):
-    state, train = build(tx, *args, **options)
-    for number in range(steps):
-        state, metrics = train(state, toy.batch(number))
-    assert train.compiles == 1
-    return host(state.params), {k: float(s) / float(w) for k, (s, w) in metrics.items()}
+from .test_ascent import ADAMW, SGD, build, host, largest, toy, trained
 
 
 def by_hand(size, objective=toy.ce, perturb=None, rho=0.05, steps=3):

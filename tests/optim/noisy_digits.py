@@ -3,6 +3,7 @@ momentum SGD (0.9, rate 0.1), batches of 64, 1,500 steps. ``python noisy_digits.
 the table of all methods.
 """
 
+import runpy
 import sys
 from pathlib import Path
 
@@ -27,11 +28,9 @@ SIZES, TRAIN, NOISE, ROWS, STEPS = (64, 128, 128, 10), 500, 0.4, 64, 1500
 
 def load(folder):
     """(pixels [n, 64] in [0, 1], labels [n]) of the asset ``digits``."""
-    from steppe.data.assets.readers import images
-
-    records = images.PARTS["digits"].read(folder)
-    pixels = np.stack([r["image"] for r in records]).astype(np.float32) / 255
-    return pixels.reshape(len(pixels), 64), np.array([int(r["label"]) for r in records])
+    other = runpy.run_path(str(Path(__file__).parents[1] / "train" / "merge" / "digits_toy.py"))
+    pixels, labels = other["load"](folder)
+    return pixels.reshape(len(pixels), 64), labels
 
 
 def init(key):

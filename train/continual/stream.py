@@ -13,16 +13,14 @@ has ended with.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import optax
 
-from steppe.models import tree
-from steppe.models.overlays import o_lora
-from steppe.models.overlays.overlay import BASE, OVERLAY
+from steppe.models.overlays import files, o_lora
+from steppe.models.overlays.overlay import OVERLAY
 from steppe.train import loop, step
 from steppe.train.mesh import MeshPlan
 from steppe.train.step import TrainStep
@@ -158,7 +156,5 @@ def kept(params: Params, model: ModelLike, fresh: Sequence[str] = ()) -> Params:
     Args:
       fresh: paths in the base that its files do not hold, which are kept too.
     """
-    new = (re.escape(f"{BASE}/{path}") for path in fresh)
-    live, _ = tree.split(params, (*model.trainable, rf"{OVERLAY}/.*", *new))
-    found: Params = jax.device_get(live)
+    found: Params = jax.device_get(files.belongs(params, model.trainable, fresh))
     return found
