@@ -10,7 +10,7 @@ fsam       rho, keep_ratio, refresh_every,       2
            fisher, mask, exclude, ascent, climb
 gsam       rho, alpha, ascent                    2
 looksam    rho, alpha, look_every                1 + 1 / look_every
-esam       rho, beta, gamma, climb               1 + gamma, and 2 forward passes
+esam       rho, beta, gamma, climb               1 + gamma, and a forward pass
 =========  ====================================  ==========================================
 
 ``climb`` makes the first gradient an estimate that costs less, see ``steppe.train.ascent``.
@@ -307,15 +307,20 @@ def transform(
 def gradients(config: FinetuneConfig) -> float:
     """Gradients that a step takes, on average over a run and apart from a warm-up of rho."""
     own = options(config)
-    if config.sharpness == "none" or own["rho"] == 0:
+    if config.sharpness == "none" or own["rho"] == 0 or own.get("keep_ratio") == 0:
         return 1.0
     if config.sharpness == "looksam":
         return 1.0 + 1.0 / float(own["look_every"])
-    if config.sharpness == "esam":  # a forward pass is about a third of a gradient
-        share = float(own["gamma"])
-        return 1.0 + share + (2.0 / 3.0 if share < 1.0 else 0.0)
+    parts = climb_parts(own.get("climb", WHOLE))
     # A cut saves as much as lies below it of the network, whose depth is not known here.
-    return 1.0 + float(climb_parts(own.get("climb", WHOLE)).get("fraction", 1.0))
+    first = float(parts.get("fraction", 1.0))
+    if config.sharpness == "esam":
+        share = float(own["gamma"])
+        # Losses of all rows, of which a first gradient of all rows has one half already; a forward
+        # pass is about a third of a gradient.
+        rows = (2 if parts else 1) / 3 if share < 1.0 else 0.0
+        return first + share + rows
+    return 1.0 + first
 
 
 def describe(config: FinetuneConfig) -> str:

@@ -62,13 +62,14 @@ def esam(
         optimiser. With ``optax.inject_hyperparams`` beta, gamma and seed are ``static_args``.
       beta: share of the tensors that is perturbed, each by 1 / beta times as much; 1 = all.
       gamma: share of the batch's rows that the second gradient is taken on; 1 = all, without
-        the two forward passes that selecting takes. At least one row is kept.
+        the forward pass that selecting takes. At least one row is kept.
       seed: integer, or a key, of the draws.
       perturbation: of all tensors before some are dropped; default SAM's.
 
     ``update`` needs ``grad_fn``, and for gamma < 1 also ``losses_fn(params) -> [B]``, the loss of
     every row in nats, and ``subset_grad_fn(params, rows) -> gradient`` of the mean loss of the
-    rows with these int32 numbers [k]; ``train.step.make`` passes all of them. A row whose
+    rows with these int32 numbers [k]; ``train.step.make`` passes all of them. ``row_losses`` [B],
+    those at ``params`` where the first gradient has them already, save a forward pass. A row whose
     increase is not a number is chosen last: so ``losses_fn`` marks rows that weigh nothing, such
     as those that fill a batch up, by NaN. gamma B counts them.
 
@@ -95,6 +96,7 @@ def esam(
         *,
         grad_fn: Any = None,
         losses_fn: Any = None,
+        row_losses: Any = None,
         subset_grad_fn: Any = None,
         ascent: Any = None,
         **extra: Any,
@@ -115,13 +117,14 @@ def esam(
             there = displace(params, e)
             if gamma == 1:
                 return first.grad_fn(there)
-            rows = sharpest_rows(losses_fn(params), losses_fn(there), gamma)
+            before = losses_fn(params) if row_losses is None else row_losses
+            rows = sharpest_rows(before, losses_fn(there), gamma)
             return subset_grad_fn(there, rows)
 
         final = grads if static_zero(rho) else at_radius(climb, first.plain, rho, state.steps)
         # A base that asks for gradients itself gets the functions too.
-        functions = {"losses_fn": losses_fn, "subset_grad_fn": subset_grad_fn}
-        extra |= {name: fn for name, fn in functions.items() if fn is not None}
+        given = {"losses_fn": losses_fn, "row_losses": row_losses, "subset_grad_fn": subset_grad_fn}
+        extra |= {name: one for name, one in given.items() if one is not None}
         updates, inner = base.update(final, state.base, params, grad_fn=grad_fn, **extra)
         return updates, EsamState(optax.safe_increment(state.steps), inner, state.key)
 

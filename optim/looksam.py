@@ -5,6 +5,7 @@
   in between       the base optimiser gets g + alpha * |g| / |g_v| * g_v: no second gradient
 
 Where rho is 0 a step is one of the base optimiser and costs one gradient; a k-th one keeps nothing.
+A k-th step whose g_v is not finite, or so long that its norm is not, is NaN and keeps nothing new.
 A g_v of less than 1e-6 of |g_s| is rounding and is not kept either, or it would be scaled up to
 the gradient's size in between. A cheaper first gradient (``steppe.train.ascent``) is refused:
 g_s - g of different rows or leaves is not sharpness but sampling noise.
@@ -43,6 +44,25 @@ class LookSamState(NamedTuple):
     steps: jax.Array
     base: optax.OptState
     direction: Any
+
+
+class Mix(NamedTuple):
+    """What a step keeps, and the gradient for the base: own * g + other * kept.
+
+    Of a k-th step g_s = <g_s, g> / |g|^2 g + g_v, so that own is that share and other is 1.
+    """
+
+    kept: Any
+    own: jax.Array
+    other: jax.Array
+
+    def of(self, g: Any) -> Any:
+        """The gradient for the base, in the types of g; formed in float32."""
+        return jax.tree.map(
+            lambda g, v: (self.own * g.astype(jnp.float32) + self.other * v).astype(g.dtype),
+            g,
+            self.kept,
+        )
 
 
 def looksam(
@@ -85,44 +105,52 @@ def looksam(
         radius = radius_at(rho, state.steps)
         due = state.steps % every == 0
 
-        def stay(_: None) -> tuple[Any, Any]:
-            return g, jax.tree.map(lambda v: jnp.where(due, 0.0, v), state.direction)
+        # A branch gives what is kept and the shares of g and of it: their sum is formed outside,
+        # where it melts into the base's update instead of going through memory.
+        def stay(_: None) -> Mix:
+            kept = jax.tree.map(lambda v: jnp.where(due, 0.0, v), state.direction)
+            return Mix(kept, jnp.float32(1), jnp.float32(0))
 
-        def look(_: None) -> tuple[Any, Any]:
-            sharp = gradient(displace(params, perturb(g, params, radius)))
+        def look(sharp: Any) -> Mix:
             share = safe_divide(dot(sharp, g), dot(g, g))
             kept = jax.tree.map(
                 lambda s, g: s.astype(jnp.float32) - share * g.astype(jnp.float32), sharp, g
             )
-            some = ~(global_norm(kept) <= ROUNDING * global_norm(sharp))
-            kept = jax.tree.map(lambda v: jnp.where(some, v, 0.0), kept)
+            length = global_norm(kept)
+            some = ~(length <= ROUNDING * global_norm(sharp))
             # A step that went wrong must not live on in the steps that follow.
-            good = jnp.isfinite(global_norm(kept))
-            kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), kept, state.direction)
-            # What is kept must not see this rounding, which would pass for a direction.
-            return typed_as(sharp, g), kept
-
-        def reuse(_: None) -> tuple[Any, Any]:
-            scale = alpha * safe_divide(global_norm(g), global_norm(state.direction))
-            scale = jnp.where(jnp.isnan(radius), radius, scale)  # a bad rho is seen here too
-            used = jax.tree.map(
-                lambda g, v: (g.astype(jnp.float32) + scale * v).astype(g.dtype),
-                g,
+            good = jnp.isfinite(length)
+            kept = jax.tree.map(
+                lambda new, old: jnp.where(good, jnp.where(some, new, 0.0), old),
+                kept,
                 state.direction,
             )
-            return used, state.direction
+            wrong = jnp.where(good, 0.0, jnp.nan)
+            return Mix(kept, share + wrong, 1 + wrong)
 
-        def step(_: None) -> tuple[Any, Any]:
-            if isinstance(every, int) and every == 1:
-                return look(None)
-            return jax.lax.cond(due, look, reuse, None)
+        def reuse(_: None) -> Mix:
+            scale = alpha * safe_divide(global_norm(g), global_norm(state.direction))
+            scale = jnp.where(jnp.isnan(radius), radius, scale)  # a bad rho is seen here too
+            return Mix(state.direction, jnp.float32(1), scale)
 
+        def there() -> Any:
+            return gradient(displace(params, perturb(g, params, radius)))
+
+        def step(_: None) -> Mix:
+            return jax.lax.cond(due, lambda _: look(there()), reuse, None)
+
+        final: Any
         if static_zero(rho):
             final, kept = grads, state.direction
-        elif isinstance(rho, numbers.Real):
-            final, kept = step(None)
+        elif not isinstance(rho, numbers.Real):
+            mix = jax.lax.cond(radius == 0, stay, step, None)
+            final, kept = mix.of(g), mix.kept
+        elif isinstance(every, int) and every == 1:  # SAM, bit for bit
+            sharp = there()
+            final, kept = typed_as(sharp, g), look(sharp).kept
         else:
-            final, kept = jax.lax.cond(radius == 0, stay, step, None)
+            mix = step(None)
+            final, kept = mix.of(g), mix.kept
         updates, inner = base.update(final, state.base, params, grad_fn=grad_fn, **extra)
         return updates, LookSamState(optax.safe_increment(state.steps), inner, kept)
 

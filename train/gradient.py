@@ -36,12 +36,15 @@ class Found(NamedTuple):
       metrics: ``loss``, its named components and the objective's aux, as (sum, weight).
       norm: global norm of the gradient before clipping.
       grads: gradient in the dtype of the parameters, clipped.
+      rows: the loss of every row, see :meth:`Work.losses`; None where the objective does not
+        tell its rows apart.
     """
 
     loss: jax.Array
     metrics: Metrics
     norm: jax.Array
     grads: Params
+    rows: jax.Array | None = None
 
 
 class Sums(NamedTuple):
@@ -52,6 +55,7 @@ class Sums(NamedTuple):
       totals, weights: of each component of the objective.
       aux: metrics of the objective, as (sum, weight).
       grads: gradient of ``loss`` in the dtype of the parameters.
+      rows: as in :class:`Found`.
     """
 
     loss: jax.Array
@@ -59,12 +63,14 @@ class Sums(NamedTuple):
     weights: dict[str, jax.Array]
     aux: Metrics
     grads: Params
+    rows: jax.Array | None = None
 
     def found(self, clip_norm: float | None = None) -> Found:
         """With the metrics of a step, and the gradient clipped."""
         metrics = metrics_of(self.loss, self.totals, self.weights, self.aux)
         norm = optax.global_norm(self.grads)
-        return Found(self.loss, metrics, norm, clipped(self.grads, norm, clip_norm))
+        grads = clipped(self.grads, norm, clip_norm)
+        return Found(self.loss, metrics, norm, grads, self.rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,26 +150,43 @@ class Work:
 
         A row's loss is ``sum_k total_k / weight_k`` of that row alone, and NaN where all its
         weights are 0 (no label, a row that fills the batch up): 0 would be larger than a loss
-        that fell. Without dropout: an objective draws for all the rows that it is given at once,
-        so the numbers of a row in the batch's pass are not those of the row by itself, and
-        without noise the losses at two points differ by the points only.
+        that fell.
+
+        Where the objective tells its rows apart (``LossOut.rows``) this is one forward pass, with
+        the dropout of the step, and ``evaluate(params).rows`` are the same numbers. Where it
+        does not, every row is run by itself without dropout: an objective draws for all the rows
+        that it is given at once, so the draw of a row in the batch's pass is not that of the row
+        alone. Either way the losses at two points differ by the points only.
         """
         compute = cast(params, self.compute_dtype)
+
+        def told(batch: Batch, index: Any) -> jax.Array | None:
+            key = jax.random.fold_in(self.key, index)
+            return _row_losses(self.objective(tree.merge(compute, self.still), batch, key))
+
+        if self.microbatches == 1:
+            found = told(self.parts, 0)
+        else:
+            parts = (self.parts, jnp.arange(self.microbatches))
+            _, found = jax.lax.scan(lambda _, part: (None, told(*part)), None, parts)
+            found = None if found is None else _in_order(found)
+        return self._single(compute) if found is None else found
+
+    def _single(self, compute: Params) -> jax.Array:
+        """The losses of rows that are run one by one."""
         scalars = {name for name, value in self.batch.items() if not jnp.ndim(value)}
 
         def loss(row: Batch) -> jax.Array:
             one = {n: value if n in scalars else value[None] for n, value in row.items()}
             out = self.objective(tree.merge(compute, self.still), one, None)  # type: ignore[arg-type]
-            totals, weights = types.components(out)
-            some = jnp.array([weight != 0 for weight in weights.values()]).any()
-            return jax.lax.stop_gradient(jnp.where(some, _loss(totals, weights), jnp.nan))
+            return _alone(*types.components(out))
 
         axes = {name: None if name in scalars else 0 for name in self.batch}
         each = jax.vmap(loss, in_axes=(axes,))
         if self.microbatches == 1:
             return each(dict(self.batch))
         _, found = jax.lax.scan(lambda _, part: (None, each(part)), None, self.parts)
-        return found.T.reshape(-1)  # part i holds the rows i, i + M, ...
+        return _in_order(found)
 
     def subset(self, params: Params, rows: jax.Array) -> Params:
         """The gradient of the mean loss of some rows: ``subset_grad_fn`` of a transform.
@@ -260,27 +283,28 @@ def accumulate(
             name: (types.scalar(s, f"aux {name!r}"), types.scalar(w, f"aux {name!r}"))
             for name, (s, w) in out.aux.items()
         }
-        return loss, (loss, totals, weights, aux)
+        return loss, (loss, totals, weights, aux, _row_losses(out))
 
     grad = jax.grad(scaled, has_aux=True)
     if microbatches == 1:
-        grads, (loss, totals, weights, aux) = grad(compute, parts, 0, weights)
+        grads, (loss, totals, weights, aux, rows) = grad(compute, parts, 0, weights)
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
-        return Sums(loss, totals, weights, aux, grads)
+        return Sums(loss, totals, weights, aux, grads, rows)
 
     if weights is None:
         weights = weigh(objective, compute, frozen, parts, key, microbatches)
     indices = jnp.arange(microbatches)
 
     def add(carry: Params, part: tuple[Batch, jax.Array]) -> tuple[Params, Any]:
-        grads, (loss, totals, _, aux) = grad(compute, *part, weights)
-        return jax.tree.map(lambda c, g: c + g.astype(c.dtype), carry, grads), (loss, totals, aux)
+        grads, (loss, totals, _, aux, rows) = grad(compute, *part, weights)
+        added = jax.tree.map(lambda c, g: c + g.astype(c.dtype), carry, grads)
+        return added, ((loss, totals, aux), rows)
 
     zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
-    grads, sums = jax.lax.scan(add, zeros, (parts, indices))
+    grads, (sums, rows) = jax.lax.scan(add, zeros, (parts, indices))
     loss, totals, aux = jax.tree.map(lambda x: x.sum(0), sums)
     grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
-    return Sums(loss, totals, weights, aux, grads)
+    return Sums(loss, totals, weights, aux, grads, None if rows is None else _in_order(rows))
 
 
 def weigh(
@@ -317,6 +341,22 @@ def _loss(totals: dict[str, jax.Array], weights: dict[str, jax.Array]) -> jax.Ar
     for name, total in totals.items():
         loss += total / jnp.where(weights[name] == 0, 1.0, weights[name])
     return loss
+
+
+def _alone(totals: dict[str, jax.Array], weights: dict[str, jax.Array]) -> jax.Array:
+    """The loss of single rows from their sums, and NaN where a row weighs nothing."""
+    some = jnp.stack([weight != 0 for weight in weights.values()]).any(0)
+    return jax.lax.stop_gradient(jnp.where(some, _loss(totals, weights), jnp.nan))
+
+
+def _row_losses(out: types.LossOut) -> jax.Array | None:
+    found = types.rows(out)
+    return None if found is None else _alone(*found)
+
+
+def _in_order(found: jax.Array) -> jax.Array:
+    """[M, B / M] in the order of the batch: micro-batch i holds the rows i, i + M, ..."""
+    return found.T.reshape(-1)
 
 
 def cast(params: Params, dtype: Any) -> Params:

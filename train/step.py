@@ -5,7 +5,8 @@ for more than the gradient at the parameters: ``update`` receives, besides ``val
 
   grad_fn(params)               the gradient elsewhere: same rows, dropout, precision and mesh
   fisher_fn(params)             mean squared gradient of the batch's examples (see ``fisher``)
-  losses_fn(params)             the loss of every row by itself [B], without dropout
+  losses_fn(params)             the loss of every row by itself [B]
+  row_losses                    those at the parameters, where the first pass has them, or None
   subset_grad_fn(params, rows)  the gradient of the mean loss of the rows with indices [k]
   group_fn(params, displaced, ascent)   groups of rows that climb by themselves (see ``groups``)
   ascent                        with ``make(ascent=)``, a cheaper first gradient (see ``ascent``)
@@ -194,6 +195,7 @@ def make(
             grad_fn=partial(work.gradient, state.params),
             fisher_fn=partial(work.fisher, state.params),
             losses_fn=lambda params: work.losses(fill(params, state.params)),
+            row_losses=whole.rows,
             subset_grad_fn=partial(work.subset, state.params),
             group_fn=groups,
             value=whole.loss,
@@ -204,7 +206,8 @@ def make(
                 "step.make has ascent=, and the transform does not read it, so that it would pay "
                 "for both first passes: leave it out, or use sam, asam, fsam or esam"
             )
-        _, metrics, norm, _ = groups.clean or found
+        clean = groups.clean or found
+        metrics, norm = clean.metrics, clean.norm
         params = optax.apply_updates(state.params, updates)
         extra = state.extra
         if ema is not None:

@@ -33,11 +33,15 @@ class LossOut(NamedTuple):
         with the same keys. No gradient flows through it. A component whose global weight is
         0 (no labelled token in the batch) contributes its total undivided, that is 0.
       aux: named metrics for the log, each a pair (sum, weight).
+      rows: what ``total`` and ``weight`` are the sums of, a pair of arrays [B] or of dicts of
+        them, one entry a row of the batch; None where the rows are not told apart. Transforms
+        that choose rows read it; without it every row has to be run by itself.
     """
 
     total: Any
     weight: Any
     aux: Mapping[str, tuple[Any, Any]] = {}
+    rows: tuple[Any, Any] | None = None
 
 
 # (params, batch, key) -> LossOut; params is the full tree, trainable and frozen merged.
@@ -138,6 +142,34 @@ def components(out: LossOut) -> tuple[dict[str, jax.Array], dict[str, jax.Array]
     return {k: scalar(v, f"total {k!r}") for k, v in total.items()}, {
         k: scalar(weight[k], f"weight {k!r}") for k in total
     }
+
+
+def rows(out: LossOut) -> tuple[dict[str, jax.Array], dict[str, jax.Array]] | None:
+    """``out.rows`` as float32 dicts with the keys of :func:`components`; None where it is.
+
+    Raises:
+      ValueError: they do not name the components of the loss, or are not [B].
+    """
+    if out.rows is None:
+        return None
+    found = []
+    for name, of, given in zip(("total", "weight"), (out.total, out.weight), out.rows, strict=True):
+        keys = sorted(of) if isinstance(of, Mapping) else [""]
+        parts = given if isinstance(given, Mapping) else {"": given}
+        if sorted(parts) != keys:
+            raise ValueError(
+                f"LossOut.rows must have the components of the loss, {keys}, got {sorted(parts)} "
+                f"for {name}"
+            )
+        arrays = {k: jax.numpy.asarray(v, dtype=jax.numpy.float32) for k, v in parts.items()}
+        for key, array in arrays.items():
+            if array.ndim != 1:
+                raise ValueError(
+                    f"LossOut.rows {name} {key!r} must have one entry a row, [B], got shape "
+                    f"{array.shape}"
+                )
+        found.append(arrays)
+    return found[0], found[1]
 
 
 def scalar(value: Any, name: str) -> jax.Array:

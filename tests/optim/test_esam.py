@@ -152,6 +152,40 @@ def test_a_zero_gradient_and_a_bad_step() -> None:
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((updates, state)))
 
 
+def test_losses_that_are_there_already_save_a_pass() -> None:
+    """``row_losses`` take the place of the losses at w, and choose the same rows."""
+    calls = []
+
+    def counted(params: Any) -> jax.Array:
+        calls.append(1)
+        return losses_fn(params)
+
+    tx = esam(SGD, 0.3, gamma=0.25)
+    wanted, _ = tx.update(GRAD(PARAMS), tx.init(PARAMS), PARAMS, **FUNCTIONS)
+    given = FUNCTIONS | {"losses_fn": counted}
+    found, _ = tx.update(
+        GRAD(PARAMS), tx.init(PARAMS), PARAMS, row_losses=losses_fn(PARAMS), **given
+    )
+    assert len(calls) == 1
+    same(found, wanted)
+    # They are read: where the first rows seem to have been at 0, those rose most.
+    low = losses_fn(PARAMS).at[:2].set(-1e3)
+    rows: list[Any] = []
+
+    def subset(params: Any, chosen: jax.Array) -> Any:
+        rows.append(chosen.tolist())
+        return subset_grad_fn(params, chosen)
+
+    tx.update(
+        GRAD(PARAMS),
+        tx.init(PARAMS),
+        PARAMS,
+        row_losses=low,
+        **given | {"subset_grad_fn": subset},
+    )
+    assert rows == [[0, 1]]
+
+
 def test_the_base_gets_what_it_may_ask_for() -> None:
     seen: dict[str, Any] = {}
 

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from steppe.train import mesh, step
+from steppe.train.types import LossOut
 
 toy = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "programs" / "toy.py")))
 
@@ -58,6 +59,61 @@ def test_row_losses_and_gradients_of_chosen_rows(split):
     np.testing.assert_allclose(np.array(found)[[0, 1, 2, 3, 30, 31]], wanted, rtol=1e-5)
     moved = jax.tree.map(lambda a, b: a - b, before, host(state.params))
     assert largest(moved, host(jax.grad(loss)(before, rows))) < 1e-5
+
+
+def told(params, batch, key):
+    """``toy.dropped``, its rows told apart."""
+    mask = batch["label_mask"]
+    out = toy.logits(params, batch, key)
+    losses = optax.softmax_cross_entropy_with_integer_labels(out, batch["labels"]) * mask
+    return LossOut(losses.sum(), mask.sum(), {}, (losses.sum(1), mask.sum(1)))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_rows_that_an_objective_tells_are_those_of_the_first_pass(split):
+    """With the dropout of the step, in the batch's order, at w and elsewhere."""
+
+    def update(grads, state, params=None, *, losses_fn, row_losses, **_):
+        there = jax.tree.map(lambda w: 1.5 * w, params)
+        return grads, {"first": row_losses, "again": losses_fn(params), "there": losses_fn(there)}
+
+    names = ("first", "again", "there")
+    tx = optax.GradientTransformationExtraArgs(
+        lambda _: {name: jnp.zeros(toy.ROWS) for name in names}, update
+    )
+    shape, microbatches = SPLITS[split]
+    plan = None if shape is None else mesh.plan(shape, toy.RULES)
+    state = step.init(jax.random.key(0), toy.MODEL, tx, plan)
+    before, key = host(state.params), jax.random.fold_in(state.rng, 0)
+    batch = toy.batch()
+    batch["label_mask"][3] = 0.0  # a row without a label
+    state, _ = step.make(told, tx, plan, microbatches=microbatches)(state, batch)
+
+    def wanted(params):
+        out = np.zeros(toy.ROWS)
+        for part in range(microbatches):
+            rows = slice(part, None, microbatches)
+            mine = {name: value[rows] for name, value in batch.items()}
+            total, weight = told(params, mine, jax.random.fold_in(key, part)).rows
+            out[rows] = np.where(weight > 0, total / np.maximum(weight, 1), np.nan)
+        return out
+
+    found = host(state.opt_state)
+    np.testing.assert_allclose(found["first"], wanted(before), rtol=1e-5)
+    np.testing.assert_allclose(found["again"], found["first"], rtol=1e-6)
+    far = jax.tree.map(lambda w: 1.5 * w, before)
+    np.testing.assert_allclose(found["there"], wanted(far), rtol=1e-5)
+    assert np.flatnonzero(np.isnan(found["first"])).tolist() == [3]
+
+
+def test_rows_that_an_objective_does_not_tell_are_none():
+    def update(grads, state, params=None, *, row_losses, **_):
+        assert row_losses is None
+        return grads, state
+
+    tx = optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+    state = step.init(jax.random.key(0), toy.MODEL, tx)
+    step.make(toy.ce, tx)(state, toy.batch())
 
 
 def test_chosen_rows_cost_their_share_of_a_gradient():

@@ -360,6 +360,55 @@ def test_for_task_fits_the_head_of_that_kind(kind):
     assert float(out.weight) == mask.size
 
 
+@pytest.mark.parametrize("kind", ["classification", "regression", "token", "lm", "span", "mlm"])
+def test_rows_are_what_the_sums_are_made_of(kind):
+    """Each row's sums are those of a batch of that row alone; nothing is learnt through them."""
+    shapes = {"classification": (6, 4), "regression": (6,), "span": (6, 5, 2)}
+    shape = shapes.get(kind, (6, 5, 4))
+    answers = {"span": (6, 2), "token": (6, 5), "lm": (6, 5), "mlm": (6, 5)}.get(kind, (6,))
+    params, batch = case(shape, answers, 2)
+    if kind == "span":
+        batch["label_mask"] = batch["label_mask"][:, 0]
+        batch["attention_mask"] = jnp.ones((6, 5), jnp.int32)
+    if kind == "regression":
+        batch["labels"] = batch["labels"] + 0.25
+    batch["label_mask"] = batch["label_mask"].at[2].set(0.0)
+
+    def out(chosen):
+        objective = objectives.for_task(table_model((len(chosen), *shape[1:])), kind)
+        one = {name: value[jnp.array(chosen)] for name, value in batch.items()}
+        return call(objective, {"logits": params["logits"][jnp.array(chosen)]}, one)
+
+    whole, single = out(list(range(6))), out([3])
+    for given, total, alone in zip(
+        whole.rows, (whole.total, whole.weight), (single.total, single.weight), strict=True
+    ):
+        assert given.shape == (6,)
+        assert float(given[2]) == 0
+        np.testing.assert_allclose(given.sum(), total, rtol=1e-6)
+        np.testing.assert_allclose(given[3], alone, rtol=1e-6)
+    objective = objectives.for_task(table_model(shape), kind)
+    grads = jax.grad(lambda p: objective(p, batch, None).rows[0].sum())(params)
+    assert not np.any(grads["logits"])
+
+
+def test_rows_of_a_weighted_sum():
+    shape = (3, 7, 5)
+    params, batch = case(shape, (3, 7), 5)
+    ce = objectives.token_ce(table_model(shape))
+    pair = objectives.weighted({"a": (ce, 0.5), "b": (ce, -2.0)})
+    out, alone = (
+        call(objectives.weighted({"x": (pair, 2.0), "y": (ce, 1.0)}), params, batch),
+        call(ce, params, batch),
+    )
+    assert set(out.rows[0]) == set(out.rows[1]) == {"x/a", "x/b", "y"}
+    np.testing.assert_allclose(out.rows[0]["x/b"], -4.0 * alone.rows[0], rtol=1e-6)
+    np.testing.assert_array_equal(out.rows[1]["x/a"], alone.rows[1])
+    untold = lambda *_: LossOut(jnp.float32(1), jnp.float32(1))  # noqa: E731
+    both = objectives.weighted({"x": (ce, 1.0), "z": (untold, 1.0), "y": (ce, 1.0)})
+    assert call(both, params, batch).rows is None
+
+
 def test_bad_input_is_named():
     model = table_model((4, 3))
     params, batch = case((4, 3), (4,), 3)

@@ -97,7 +97,8 @@ def mse(model: Model) -> Objective:
         error = jnp.where(mask > 0, value - labels, 0.0)
         weight = mask.sum()
         mae = (jax.lax.stop_gradient(jnp.abs(error) * mask).sum(), weight)
-        return LossOut((error**2 * mask).sum(), weight, {"mae": mae})
+        squares = error**2 * mask
+        return LossOut(squares.sum(), weight, {"mae": mae}, _by_row(squares, mask))
 
     return objective
 
@@ -124,9 +125,10 @@ def span_ce(model: Model) -> Objective:
         logits = jnp.swapaxes(span_logits(logits, batch), 1, 2)
         mask = _mask(batch, labels, joint=True)
         weight = mask.sum()
-        total = 0.5 * _masked(negative_log_likelihood(logits, labels).sum(-1), mask)
+        nll = 0.5 * _counted(negative_log_likelihood(logits, labels).sum(-1), mask)
         exact = (jnp.argmax(logits, -1) == labels).all(-1)
-        return LossOut(total, weight, {"exact": (_masked(exact, mask), weight)})
+        aux = {"exact": (_counted(exact, mask).sum(), weight)}
+        return LossOut(nll.sum(), weight, aux, _by_row(nll, mask))
 
     return objective
 
@@ -214,6 +216,7 @@ def weighted(parts: Mapping[str, tuple[Objective, float]]) -> Objective:
         totals: dict[str, Any] = {}
         weights: dict[str, Any] = {}
         aux: dict[str, tuple[Any, Any]] = {}
+        rows: tuple[dict[str, Any], dict[str, Any]] | None = ({}, {})
         for name, (component, coefficient) in parts.items():
             out = component(params, batch, key)  # type: ignore[arg-type]
             nested = isinstance(out.total, Mapping)
@@ -223,10 +226,15 @@ def weighted(parts: Mapping[str, tuple[Objective, float]]) -> Objective:
                 path = f"{name}/{inner}" if inner else name
                 totals[path] = coefficient * total
                 weights[path] = inner_weights[inner]
+                if rows is not None and out.rows is not None:
+                    own = out.rows if nested else tuple({"": part} for part in out.rows)
+                    rows[0][path] = coefficient * own[0][inner]
+                    rows[1][path] = own[1][inner]
+            rows = None if out.rows is None else rows
             if not nested:
                 aux[f"{name}/loss"] = (jax.lax.stop_gradient(out.total), out.weight)
             aux.update({f"{name}/{metric}": pair for metric, pair in out.aux.items()})
-        return LossOut(totals, weights, aux)
+        return LossOut(totals, weights, aux, rows)
 
     return objective
 
@@ -307,9 +315,15 @@ def negative_log_likelihood(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(logits, axis=-1) - picked
 
 
-def _masked(values: jax.Array, mask: jax.Array) -> jax.Array:
-    """Sum of values * mask, where a value that is not counted may be NaN or infinite."""
-    return jnp.where(mask > 0, values * mask, 0.0).sum()
+def _counted(values: jax.Array, mask: jax.Array) -> jax.Array:
+    """values * mask, where a value that is not counted may be NaN or infinite."""
+    return jnp.where(mask > 0, values * mask, 0.0)
+
+
+def _by_row(values: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sums over all axes but the first: ``LossOut.rows`` of what is counted already."""
+    axes = tuple(range(1, values.ndim))
+    return jax.lax.stop_gradient(values.sum(axes)), mask.sum(axes)
 
 
 def _cross_entropy(
@@ -325,6 +339,7 @@ def _cross_entropy(
         # Written with the mean of the logits: no second [.., C] array of log-probabilities.
         uniform = jax.nn.logsumexp(logits, axis=-1) - logits.mean(-1)
         nll = (1 - smoothing) * nll + smoothing * uniform
+    nll = _counted(nll, mask)
     weight = mask.sum()
-    correct = _masked(jnp.argmax(logits, axis=-1) == labels, mask)
-    return LossOut(_masked(nll, mask), weight, {"accuracy": (correct, weight)})
+    correct = _counted(jnp.argmax(logits, axis=-1) == labels, mask).sum()
+    return LossOut(nll.sum(), weight, {"accuracy": (correct, weight)}, _by_row(nll, mask))
