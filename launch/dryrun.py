@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from steppe.launch import estimate, optimiser
 from steppe.launch.pieces import Pieces
 from steppe.train import step
+from steppe.train.gradient import known
+from steppe.train.types import TrainState
 
 
 def show(pieces: Pieces) -> dict[str, Any]:
@@ -23,28 +25,7 @@ def show(pieces: Pieces) -> dict[str, Any]:
     from rich.table import Table
 
     config = pieces.config
-    shape = max(pieces.batches.shapes, key=math.prod)
-    state = step.abstract(
-        pieces.model,
-        pieces.tx,
-        pieces.plan,
-        params=pieces.model.abstract(),
-        trainable=pieces.trainable,
-        ema=config.ema or None,
-    )
-    tokenizer = pieces.data.tokenizer
-    shapes = estimate.batch_shapes(
-        pieces.data.task.kind,
-        shape,
-        types=tokenizer is not None and tokenizer.has_token_types,
-        packed=getattr(pieces.data.splits["train"], "packing", None) is not None,
-    )
-    if config.balance.beta:  # it asks whose rows these are
-        shapes["example_index"] = jax.ShapeDtypeStruct(shape[:1], jnp.int32)
-    batch = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=pieces.plan.rows())
-        for name, leaf in shapes.items()
-    }
+    shape, state, batch = abstract(pieces)
     found = estimate.estimate(pieces.train, state, batch)
     gradients = optimiser.gradients(config)
     found["gradients"] = gradients
@@ -69,6 +50,46 @@ def show(pieces: Pieces) -> dict[str, Any]:
         table.add_row(f"examples, {name}", f"{count:,}")
     console.print(table)
     return found
+
+
+def tried(pieces: Pieces) -> None:
+    """Traces the step on shapes, so that settings which the step alone can refuse (groups that do
+    not divide the rows, heads that do not divide a layer) are refused before anything is written.
+
+    Raises:
+      ValueError: whatever the step finds wrong.
+    """
+    _, state, batch = abstract(pieces)
+    with known(pieces.plan):
+        jax.eval_shape(pieces.train.fn, state, batch)
+
+
+def abstract(pieces: Pieces) -> tuple[tuple[int, ...], TrainState, dict[str, Any]]:
+    """The largest shape of batch, and what a step of it takes, as shapes."""
+    config = pieces.config
+    shape = max(pieces.batches.shapes, key=math.prod)
+    state = step.abstract(
+        pieces.model,
+        pieces.tx,
+        pieces.plan,
+        params=pieces.model.abstract(),
+        trainable=pieces.trainable,
+        ema=config.ema or None,
+    )
+    tokenizer = pieces.data.tokenizer
+    shapes = estimate.batch_shapes(
+        pieces.data.task.kind,
+        shape,
+        types=tokenizer is not None and tokenizer.has_token_types,
+        packed=getattr(pieces.data.splits["train"], "packing", None) is not None,
+    )
+    if config.balance.beta:  # it asks whose rows these are
+        shapes["example_index"] = jax.ShapeDtypeStruct(shape[:1], jnp.int32)
+    batch = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=pieces.plan.rows())
+        for name, leaf in shapes.items()
+    }
+    return shape, state, batch
 
 
 def _by(shape: tuple[int, ...]) -> str:

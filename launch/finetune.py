@@ -20,7 +20,7 @@ from typing import Any
 import jax
 
 from steppe.launch import config as config_
-from steppe.launch import kinds, optimiser, outputs, scoring, watch
+from steppe.launch import dryrun, kinds, optimiser, outputs, scoring, watch
 from steppe.launch.config import FinetuneConfig
 from steppe.launch.finish import More, finish
 from steppe.launch.pieces import Pieces, build, start
@@ -40,7 +40,6 @@ FREE = (
     "save_every",
     "eval_every",
     "keep",
-    "merge",
     "baselines",
     "tensorboard",
     "mesh",
@@ -67,9 +66,9 @@ def run(config: FinetuneConfig, command: Sequence[str] = ()) -> dict[str, Any]:
     begin = time.perf_counter()
     pieces = build(config)
     if config.dry_run:
-        from steppe.launch import dryrun
-
         return dryrun.show(pieces)
+    if config.sharpness != "none":
+        dryrun.tried(pieces)
     timings = {"setup_s": time.perf_counter() - begin}
     _describe(console, pieces, folder)
     return carry_out(pieces, config, _fixed(config), command, timings)

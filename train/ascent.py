@@ -200,6 +200,9 @@ def reached(cut: Cut, work: Work, params: Params) -> Any:
 
     Layers from ``cut.layer`` on of stacked leaves; of the others those that the part below
     does not read.
+
+    Raises:
+      ValueError: the cut is above the layers, or nothing that trains lies above it.
     """
     leaves, structure = jax.tree.flatten(params)
 
@@ -227,4 +230,9 @@ def reached(cut: Cut, work: Work, params: Params) -> Any:
         one(tree.path_of(keys), leaf)
         for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
     ]
+    if not any(flag.any() for flag in flags):
+        raise ValueError(
+            f"the cut at layer {cut.layer} leaves nothing to climb with: all that trains lies "
+            "below it, or on both sides; cut lower, or climb on the whole"
+        )
     return jax.tree.unflatten(structure, flags)

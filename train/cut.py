@@ -49,7 +49,7 @@ def at_layer(model: Model, layer: int, objective: Callable[[Model], Objective]) 
     if parts is None:
         raise ValueError(
             "the model does not come in parts (embed, layers, head), so it cannot be cut; "
-            "use Ascent(fraction=...) instead"
+            "climb on a share of the rows instead (fraction)"
         )
     depth = getattr(model.config, "layers", 0)
     if isinstance(layer, bool) or not isinstance(layer, int) or not 1 <= layer < depth:

@@ -91,9 +91,17 @@ def _nothing_lost(config: CompareConfig, folder: Path, journal: Journal) -> None
         "seeds": sorted({t.seed for t in done}),
     }
     given: dict[str, Iterable[Any]] = {name: getattr(config, name) for name in held}
-    # Their radii may change.
-    given["methods"] = [arm.name for arm in config.arms()]
+    arms = {arm.name: arm for arm in config.arms()}
+    given["methods"] = list(arms)
     folders.nothing_lost(folder, held, given)
+    # A grid may grow, and another radius be chosen of it; one that was reported must be in it.
+    for trial in done:
+        grid = arms[trial.arm].grid or (0.0,)
+        if trial.rho not in grid:
+            raise ValueError(
+                f"{folder} has finished runs of {trial.arm} with rho {trial.rho:g}, which methods "
+                f"does not name ({', '.join(f'{r:g}' for r in grid)}): add it, or choose a new out"
+            )
 
 
 def _one(trial: Trial, trials: Trials, journal: Journal, progress: _Progress) -> bool:
@@ -126,7 +134,8 @@ class _Progress:
         self.total = schedule.count(config)
         self.console = console
         self._metric = config.select_by
-        self._finished = len([t for t in journal.rows if t.cell in config.cells()])
+        planned = schedule.planned(config)
+        self._finished = len([t for t in journal.rows if planned(t)])
         self._begin, self._ran = time.perf_counter(), 0
         self._stack = contextlib.ExitStack()
         self._bar: Any = None

@@ -28,6 +28,7 @@ def show(config: CompareConfig) -> dict[str, Any]:
 
     console = Console()
     trials = Trials(config)
+    trials.open()
     arms = {arm.name: arm for arm in config.arms()}
     table = Table(box=None)
     for head in ("source", "examples", "wrong labels", "runs", "steps", "gradients"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from steppe.launch.compare.journal import Journal, Trial
@@ -66,6 +67,22 @@ def score(metrics: Any, name: str) -> float:
     """A metric of a row of the journal; NaN where the trial diverged."""
     value = (metrics or {}).get(name)
     return math.nan if value is None else float(value)
+
+
+def planned(config: CompareConfig) -> Callable[[Trial], bool]:
+    """Whether a trial is one of those that :func:`count` counts, as far as is known before rho is
+    chosen: of the reported ones of an arm that chooses, those of all its radii are."""
+    cells, seeds = set(config.cells()), set(config.seeds)
+    grids = {arm.name: arm.grid or (0.0,) for arm in config.arms()}
+    choosing = {trial for cell in cells for trial in selecting(config, cell)}
+
+    def found(trial: Trial) -> bool:
+        if not trial.reported:
+            return trial in choosing
+        known = trial.cell in cells and trial.seed in seeds
+        return known and trial.rho in grids.get(trial.arm, ())
+
+    return found
 
 
 def count(config: CompareConfig) -> int:

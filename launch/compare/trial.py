@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from steppe.launch import optimiser, overlays, pieces, scoring, setup
+from steppe.launch import dryrun, optimiser, overlays, pieces, scoring, setup
 from steppe.launch.compare.journal import Trial
 from steppe.launch.compare.material import Material
 from steppe.launch.compare.settings import Arm, Cell, CompareConfig
@@ -54,7 +54,7 @@ class Trials:
         return sum(train.compiles for _, train in self._shared.values())
 
     def open(self) -> None:
-        """Reads the data and tries the overlays, so that a mistake is found before any training.
+        """Reads the data and tries every arm, so that a mistake is found before any training.
 
         Raises:
           ValueError, OSError: as ``steppe finetune``; data that are too few.
@@ -65,6 +65,13 @@ class Trials:
                 overlay = overlays.parse(arm.config.overlay)
                 jax.eval_shape(overlay.init, jax.random.key(0), bare.abstract())
         self.material.open()
+        for arm in self.arms.values():
+            if arm.config.sharpness == "none":
+                continue
+            try:
+                dryrun.tried(self.build(self.config.cells()[0], arm, self.config.seeds[0]))
+            except ValueError as error:
+                raise ValueError(f"methods: {arm.name}: {error}") from error
 
     def build(self, cell: Cell, arm: Arm, seed: int) -> pieces.Pieces:
         """Model, data, batches and step of a trial; rho is still open.

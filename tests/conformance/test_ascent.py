@@ -306,3 +306,8 @@ def test_bad_ascents():
     state, train = build(optim.sam(SGD), ascent=Ascent(cut=Cut(below, above, 2)))
     with pytest.raises(ValueError, match="holds 2 layers"):
         train(state, toy.batch(0))
+    state, train = build(
+        optim.sam(SGD), ascent=Ascent(cut=Cut(below, above, 1)), trainable=("embed/.*",)
+    )
+    with pytest.raises(ValueError, match="leaves nothing to climb with"):
+        train(state, toy.batch(0))

@@ -313,6 +313,15 @@ def test_the_command_line(reviews, tmp_path, capsys):
     assert "already holds other files (notes)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("more", [{}, {"dry_run": True}])
+def test_an_arm_that_cannot_run_is_found_before_any_training(reviews, tmp_path, more):
+    methods = ("adamw", "sam:rho=0.01,ascent=3")
+    config = small(reviews, tmp_path / "x", methods=methods, **more)
+    with pytest.raises(ValueError, match="methods: sam:ascent=3: ascent=3 does not divide the 16"):
+        command.run(config)
+    assert not (tmp_path / "x" / "config.json").exists()
+
+
 def test_what_has_not_run_may_be_left_out(done, tmp_path):
     config, _, _ = done
     begun = tmp_path / "begun"
@@ -331,6 +340,7 @@ def test_other_settings_are_not_gone_on_with(done):
         ({"base": dataclasses.replace(config.base, epochs=3.0)}, "epochs was 2.0"),
         ({"methods": ("adamw",)}, "sam is not among those given now"),
         ({"seeds": (0, 2)}, "has seeds 0 1, and 1 is not among"),
+        ({"methods": ("adamw", "sam:rho=0.3")}, "sam with rho 0.* not name .0.3.: add it"),
     ):
         with pytest.raises(ValueError, match=said):
             command.run(dataclasses.replace(config, resume=True, **more))

@@ -110,8 +110,38 @@ def test_a_dry_run_says_what_it_costs(reviews, capsys):
 
 
 @pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--ascent=3",), "ascent=3 does not divide the 16 rows of the batch"),
+        (("--climb=cut:1", "--freeze", "layers/.*", "(head|pooler)/.*"), "nothing to climb with"),
+    ],
+)
+def test_what_the_step_alone_can_refuse_leaves_nothing_behind(
+    reviews, tmp_path, capsys, more, said
+):
+    run = tmp_path / "run"
+    assert cli.main(arguments(reviews, run, "--sharpness=sam", *more)) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert said in message
+    assert not run.exists()
+
+
+def test_gradients_that_a_step_takes():
+    for settings, wanted in (
+        ({"sharpness": "sam", "climb": "fraction:0.5"}, 1.5),
+        ({"sharpness": "fsam", "keep_ratio": 0.0}, 1.0),
+        ({"sharpness": "looksam", "look_every": 4}, 1.25),
+        ({"sharpness": "esam"}, 1.5 + 1 / 3),
+        ({"sharpness": "esam", "gamma": 1.0}, 2.0),
+        ({"sharpness": "esam", "climb": "fraction:0.25"}, 0.75 + 2 / 3),
+    ):
+        assert optimiser.gradients(FinetuneConfig(**settings)) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(
     ("given", "said"),
     [
+        ({"merge": False}, "merge=False keeps the delta of an overlay: add --overlay"),
         ({"rho": 0.1}, "rho=0.1 is no setting of sharpness='none'"),
         ({"rho_warmup": 0.1}, "rho_warmup=0.1 is no setting of sharpness='none'"),
         ({"sharpness": "sam", "keep_ratio": 0.1}, "it belongs to sharpness fsam"),
