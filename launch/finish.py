@@ -18,6 +18,7 @@ from steppe.launch.report import running
 from steppe.models import pretrained, tree
 from steppe.models.model import Model
 from steppe.models.overlays import files
+from steppe.models.overlays.overlay import BASE
 from steppe.train import evaluate, mesh
 from steppe.train.types import Params, TrainState
 
@@ -174,6 +175,8 @@ def _export_overlay(
     pieces: Pieces, params: Params, target: Path, labels: Sequence[str] | None
 ) -> None:
     live = files.belongs(params, pieces.model.trainable, pieces.loaded.fresh)
+    # On every process: the leaves may be spread over them.
+    top = overlays.top_hash(params[BASE], live.get(BASE, {}))
     live = on_host(live, pieces.plan)
     if not rank.lead():
         return
@@ -188,6 +191,7 @@ def _export_overlay(
         model=pieces.loaded.model,
         labels=labels,
         tokenizer_dir=own if own.is_dir() and words is not None else None,
+        top=top,
     )
     if own.is_file() and words is not None:  # inside a file of weights
         words.save(target)

@@ -18,7 +18,6 @@ from steppe.data.errors import near
 from steppe.launch import prose, setup
 from steppe.models import pretrained, tree
 from steppe.models.heads import HeadConfig
-from steppe.models.layers import activation
 from steppe.models.model import Model
 from steppe.models.overlays import (
     Overlay,
@@ -126,6 +125,9 @@ KNOWN: dict[str, Callable[..., Overlay]] = {
     "plugat": plugat.overlay,
     "prefix-fixed": fixed_prefixes,
 }
+
+# What a base has above its body; some of it is new in every task.
+TOP = ("head", "pooler")
 
 # Settings that are several whole numbers; other settings of several values are names.
 NUMBERS = ("ids", "after", "lengths")
@@ -262,6 +264,7 @@ def save(
     model: Any,
     labels: Sequence[str] | None,
     tokenizer_dir: Path | None,
+    top: str | None = None,
 ) -> None:
     """Writes a folder that :func:`load` opens: the delta, and the configuration of base and head.
 
@@ -270,12 +273,15 @@ def save(
       base: address of the base.
       hashed: ``base_hash`` of its parameters before training.
       model: the base model with its head.
+      top: ``top_hash`` of the base; None = not noted, and not compared by :func:`load`.
     """
     head = model.config.head
-    notes = {
+    notes: dict[str, Any] = {
         "head": None if head is None else dataclasses.asdict(head),
         "labels": None if labels is None else list(labels),
     }
+    if top is not None:
+        notes["top"] = top
     files.save(target, overlay, live, base=base, fingerprint=hashed, notes=notes)
     raw, _ = pretrained.describe(model.config, labels)
     (target / "config.json").write_text(json.dumps(raw, indent=2) + "\n", "utf-8")
@@ -312,8 +318,21 @@ def check_forward(model: Any, plan: Any) -> None:
 
 
 def base_hash(params: Params) -> str:
-    """Hash of the parameters that come from the base: a new head is not of it."""
-    return fingerprint({n: v for n, v in params.items() if n not in ("head", "pooler")})
+    """Hash of the base's body, which runs of several tasks share: neither head nor pooler."""
+    return fingerprint({n: v for n, v in params.items() if n not in TOP})
+
+
+def top_hash(params: Params, kept: Params) -> str:
+    """Hash of the base's head and pooler as far as they come from its files, "" for nothing.
+
+    Args:
+      params: of the base, before or after training.
+      kept: of them, those that a folder holds beside the delta: they trained or were initialised.
+    """
+    flat = tree.flatten({name: params[name] for name in TOP if name in params})
+    held = tree.flatten(kept)
+    own = {path: leaf for path, leaf in flat.items() if path not in held}
+    return fingerprint(tree.unflatten(own)) if own else ""
 
 
 def is_overlay(folder: Path) -> bool:
@@ -345,6 +364,7 @@ def load(folder: Path, dtype: Any = "float32") -> pretrained.Loaded:
         overlay = rebuilt(saved.name, saved.settings)
         wanted = jax.eval_shape(overlay.init, jax.random.key(0), loaded.params)
         tree.same_structure(delta, wanted, ("the file", f"{saved.name} with these settings"))
+        _numbers(saved.params)
         bound = overlay.bind(loaded.model)
         base = _with_kept(loaded, bound, saved.params)
     # Settings of a damaged file may fail anywhere in the making of the overlay.
@@ -353,8 +373,26 @@ def load(folder: Path, dtype: Any = "float32") -> pretrained.Loaded:
             f"{folder / files.DELTA} is not what {files.ABOUT} beside it describes: "
             f"{error.args[0] if error.args else error!r}"
         ) from error
+    noted = saved.notes.get("top")
+    if noted is not None and noted != top_hash(loaded.params, saved.params.get(BASE, {})):
+        raise ValueError(
+            f"{folder} belongs to another head or pooler than that of {saved.base['name']}: put "
+            "the base back that it was trained on"
+        )
     params = tree.cast({BASE: base, OVERLAY: delta}, jnp.dtype(dtype))
     return pretrained.Loaded(bound, params, folder, labels=labels)
+
+
+def _numbers(params: Params) -> None:
+    """
+    Raises:
+      ValueError: a leaf that is no finite float.
+    """
+    for path, leaf in tree.flatten(params).items():
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(f"{path} is of {leaf.dtype}, no floating-point type")
+        if not np.isfinite(leaf.astype(np.float32)).all():
+            raise ValueError(f"{path} holds numbers that are not finite")
 
 
 def _read(folder: Path) -> files.Saved:
@@ -383,12 +421,6 @@ def _noted(
     try:
         if raw is not None:
             head = HeadConfig(**raw)
-            if type(head.num_labels) is not int:
-                raise ValueError(f"num_labels must be a whole number, got {head.num_labels!r}")
-            if head.transform is not None:
-                activation(head.transform)
-            if not 0 <= head.drop < 1:
-                raise ValueError(f"drop must be in [0, 1), got {head.drop!r}")
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file} is damaged: notes.head is {raw!r} ({error})") from error
     if labels is None:

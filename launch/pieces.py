@@ -134,7 +134,9 @@ def build(
         delta = jax.eval_shape(overlay.init, jax.random.key(0), model.abstract())
         if config.balance.beta:
             balance.check_experts(delta)
-        model = overlay.bind(model, frozen=loaded.params)
+        # A pooler that the base's files lack is random: it learns as the head above it does.
+        fresh = tuple(re.escape(path) for path in loaded.fresh if path.startswith("pooler/"))
+        model = overlay.bind(model, frozen=loaded.params, also=fresh)
         plan = dataclasses.replace(plan, rules=tuple(model.axes))
     objective = None
     if config.balance.beta:

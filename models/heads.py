@@ -14,6 +14,7 @@ kind               logits                                labels
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass
 
 import flax.linen as nn
@@ -46,8 +47,12 @@ class HeadConfig:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"head must be one of {', '.join(KINDS)}, got {self.kind!r}")
-        if self.num_labels < 1:
-            raise ValueError(f"num_labels must be >= 1, got {self.num_labels}")
+        if not isinstance(self.num_labels, numbers.Integral) or self.num_labels < 1:
+            raise ValueError(f"num_labels must be a whole number >= 1, got {self.num_labels!r}")
+        if self.transform is not None:
+            activation(self.transform)
+        if not isinstance(self.drop, numbers.Real) or not 0 <= self.drop < 1:
+            raise ValueError(f"drop must be in [0, 1), got {self.drop!r}")
         fixed = {"regression": 1, "span": 2}.get(self.kind)
         if fixed is not None and self.num_labels != fixed:
             raise ValueError(f"a {self.kind} head has num_labels={fixed}, got {self.num_labels}")

@@ -220,15 +220,17 @@ def export(opened: Opened, config: BlackboxConfig, rows: jax.Array, target: Path
     kept = {p: v for p, v in tree.flatten(params[BASE]).items() if p.startswith("head/")}
     kept |= {p: v for p, v in tree.flatten(params[BASE]).items() if p in opened.fresh}
     own, given = opened.origin.tokenizer, config.model
+    held = tree.unflatten(kept)
     overlays.save(
         target,
         opened.overlay,
-        {BASE: tree.unflatten(kept), OVERLAY: params[OVERLAY]},
+        {BASE: held, OVERLAY: params[OVERLAY]},
         base=given if given.startswith("asset:") else str(Path(given).expanduser().resolve()),
         hashed=opened.base_hash,
         model=opened.base,
         labels=opened.task.label_names,
         tokenizer_dir=own if own.is_dir() else None,
+        top=overlays.top_hash(params[BASE], held),
     )
     if own.is_file():  # inside a file of weights
         opened.tokenizer.save(target)

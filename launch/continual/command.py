@@ -29,7 +29,7 @@ from steppe.launch.continual.settings import GROWS, ContinualConfig
 from steppe.launch.report import streaming
 from steppe.models import pretrained, tree
 from steppe.models.overlays import Overlay, files, lora, o_lora
-from steppe.models.overlays.overlay import OVERLAY
+from steppe.models.overlays.overlay import BASE, OVERLAY
 from steppe.models.tree import Params
 from steppe.optim import basic
 from steppe.train import continual, evaluate, loop, metrics, step
@@ -244,15 +244,17 @@ class _Stream:
 
     def _save(self, number: int, params: Params) -> None:
         own, given = self.origin.tokenizer, self.config.model
+        kept = stream.kept(params, self.model, self.loaded.fresh)
         overlays.save(
             self._at(number),
             self.overlay,
-            stream.kept(params, self.model, self.loaded.fresh),
+            kept,
             base=given if given.startswith("asset:") else str(Path(given).expanduser().resolve()),
             hashed=self.hashed,
             model=self.loaded.model,
             labels=self.data.task.label_names,
             tokenizer_dir=own if own.is_dir() else None,
+            top=overlays.top_hash(params[BASE], kept.get(BASE, {})),
         )
 
 

@@ -119,7 +119,8 @@ def load(folder: str | os.PathLike[str], *, fingerprint: str | None = None) -> S
         base = {str(k): str(v) for k, v in about["base"].items()}
         name, settings = str(about["name"]), dict(about["settings"] or {})
         notes = dict(about.get("notes") or {})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    # A file that is nested without end ends Python's recursion.
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{source / ABOUT} is damaged ({error})") from error
     if fingerprint is not None and base.get("hash") != fingerprint:
         raise ValueError(

@@ -81,6 +81,7 @@ class Overlay:
         frozen: Params | None = None,
         *,
         trainable: tuple[str, ...] | None = None,
+        also: tuple[str, ...] = (),
     ) -> Model:
         """``model`` with this overlay attached.
 
@@ -89,6 +90,7 @@ class Overlay:
           trainable: paths of the base that train beside the delta; those that match nothing
             are ignored. Default: the head, unless it is that of a language model, which is
             pretrained as the rest is.
+          also: more such paths, beside those of ``trainable`` or of its default.
 
         Raises:
           ValueError: ``frozen`` are not the parameters of ``model``, or what is to train gets no
@@ -162,6 +164,7 @@ class Overlay:
             head = getattr(model.config, "head", None)
             own = () if head is not None and head.kind in ("lm", "mlm") else (r"head/.*",)
             trainable = (*self.trainable, *own)
+        trainable = (*trainable, *also)
         base_paths = tree.paths(model.abstract())
         live = [p for p in trainable if any(tree.matches(path, (p,)) for path in base_paths)]
         dead = [p for p in base_paths if tree.matches(p, live) and tree.matches(p, self.stops)]

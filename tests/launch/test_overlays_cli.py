@@ -61,7 +61,7 @@ def test_what_cannot_be_merged_is_kept_beside_its_base(runs, tmp_path, capsys):
 
 
 def test_what_the_base_does_not_hold_is_kept_with_the_delta(reviews, tmp_path):
-    """A pooler that was initialised for the run is no part of the base, and never trains."""
+    """A pooler that was initialised is no part of the base, and trains as the head does."""
     base = shutil.copytree(reviews.model, tmp_path / "base")
     held = load_file(base / "model.safetensors")
     left = {name: leaf for name, leaf in held.items() if "pooler" not in name}
@@ -70,7 +70,10 @@ def test_what_the_base_does_not_hold_is_kept_with_the_delta(reviews, tmp_path):
     run = tmp_path / "run"
     more = ("--overlay", "prefix:length=2", "--seed=1")
     assert finetune(reviews, run, *more, model=base) == 0
-    found = json.loads((run / "results.json").read_text())["metrics"]["test"]
+    results = json.loads((run / "results.json").read_text())
+    delta, pooler, head = 2 * 2 * 2 * 16, 16 * 16 + 16, 2 * 16 + 2
+    assert results["model"]["trainable"] == delta + pooler + head
+    found = results["metrics"]["test"]
     assert scores(run, tmp_path)["loss"] == pytest.approx(found["loss"], rel=1e-5)
     file = run / "model" / "delta.safetensors"
     kept = load_file(file)
@@ -157,6 +160,8 @@ def test_a_head_is_fitted_on_prefixes_of_other_runs(reviews, prefix_run, tmp_pat
         ({"base/head/out/bias": None}, "lacks base/head/out/bias, which trains with the overlay"),
         ({"base/head/out/bias": (1,)}, "base/head/out/bias: the file has (1,), the base (2,)"),
         ({"base/layers/attn/q/bias": (2, 16)}, "base/layers/attn/q/bias, which does not train"),
+        ({"overlay/layers/attn.kv_prefix/k": np.int32}, "is of int32, no floating-point type"),
+        ({"base/head/out/bias": np.nan}, "base/head/out/bias holds numbers that are not finite"),
         ({"optimiser/count": (2,)}, "'optimiser', which is neither of the delta nor the base"),
         ({"settings": {"lenght": 2}}, "unexpected keyword argument 'lenght'"),
         ({"settings": {"length": 2.5}}, "'prefix' has length=2.5, which must be a whole number"),
@@ -176,6 +181,10 @@ def test_a_file_that_is_not_what_it_says(prefix_run, tmp_path, change, said, cap
             settings[name] = shape
         elif shape is None:
             del leaves[name]
+        elif shape is np.int32:
+            leaves[name] = leaves[name].astype(shape)
+        elif shape is np.nan:
+            leaves[name] = np.full_like(leaves[name], shape)
         else:
             leaves[name] = np.zeros(shape, np.float32)
     save_file(leaves, delta)
@@ -258,6 +267,31 @@ def test_another_base_is_refused(runs, tmp_path, capsys):
         message = capsys.readouterr().err
         assert "belongs to other parameters" in message
         assert message.count("\n") == 1
+    finally:
+        shutil.rmtree(base)
+        shutil.move(kept, base)
+
+
+def test_another_pooler_or_head_of_the_base_is_refused(runs, tmp_path, capsys):
+    """Those that its files hold are neither in the delta nor in the hash of the body."""
+    root, base = runs
+    loaded = pretrained.load(base)
+    assert "pooler" in loaded.params
+    assert not [path for path in loaded.fresh if path.startswith("pooler")]
+    model, kept = root / "kept" / "model", shutil.move(base, tmp_path / "base")
+    pooler = jax.tree.map(lambda leaf: leaf + 1.0, loaded.params["pooler"])
+    try:
+        pretrained.save(base, loaded.model, {**loaded.params, "pooler": pooler}, tokenizer_dir=kept)
+        assert cli.main(["evaluate", str(root / "kept")]) == 2
+        message = capsys.readouterr().err
+        assert "belongs to another head or pooler than that of" in message
+        assert message.count("\n") == 1
+        # A folder of before, which does not say.
+        older = shutil.copytree(model, tmp_path / "older")
+        about = json.loads((older / files.ABOUT).read_text())
+        assert about["notes"].pop("top")
+        (older / files.ABOUT).write_text(json.dumps(about))
+        overlays.load(older)
     finally:
         shutil.rmtree(base)
         shutil.move(kept, base)
