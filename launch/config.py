@@ -336,8 +336,6 @@ class FinetuneConfig:
                 f"{self.lora.rank}{'' if own else ' NAME for both'}, or --lora.rank 0 where a "
                 "recipe has the LoRA"
             )
-        if not (self.merge or self.overlay or self.lora.rank):
-            raise ValueError("merge=False keeps the delta of an overlay: add --overlay")
         if self.balance.beta and not any(o.split(":")[0] == "loramoe" for o in self.overlay):
             raise ValueError(
                 f"balance.beta={self.balance.beta} balances the experts of LoRAMoE: add --overlay "

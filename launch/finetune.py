@@ -40,6 +40,7 @@ FREE = (
     "save_every",
     "eval_every",
     "keep",
+    "merge",
     "baselines",
     "tensorboard",
     "mesh",
@@ -61,8 +62,11 @@ def run(config: FinetuneConfig, command: Sequence[str] = ()) -> dict[str, Any]:
     folder = config.run
     rank.agree("settings", rank.identity(config_.to_dict(config)))
     console = rank.console()
+    if not (config.merge or config.overlay or config.lora.rank):
+        raise ValueError("merge=False keeps the delta of an overlay: add --overlay")
     if rank.lead():
         check_folder(config, folder, _fixed)
+        _check_export(config, folder)
     begin = time.perf_counter()
     pieces = build(config)
     if config.dry_run:
@@ -289,6 +293,20 @@ def check_folder(
         raise FileExistsError(
             f"{folder} already holds another run; go on with it by --resume, or choose a new --out"
         )
+
+
+def _check_export(config: FinetuneConfig, folder: Path) -> None:
+    """
+    Raises:
+      ValueError: a run that is gone on with has exported its model in the other form.
+    """
+    if config.resume and not config.dry_run and (folder / "model").exists():
+        was = config_.read(folder).merge
+        if was != config.merge:
+            raise ValueError(
+                f"{folder} has exported its model with merge={was}, now it is {config.merge}: "
+                "resume with the old value or choose a new out"
+            )
 
 
 def _fixed(config: FinetuneConfig) -> dict[str, Any]:

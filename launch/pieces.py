@@ -17,7 +17,7 @@ from steppe.launch import balance, kinds, optimiser, overlays, probe, samples, s
 from steppe.launch import config as config_
 from steppe.launch.config import FinetuneConfig
 from steppe.models import pretrained, tree
-from steppe.models.overlays import lora
+from steppe.models.overlays import Overlay, lora
 from steppe.models.overlays.overlay import BASE
 from steppe.optim import basic
 from steppe.train import mesh, step
@@ -134,9 +134,7 @@ def build(
         delta = jax.eval_shape(overlay.init, jax.random.key(0), model.abstract())
         if config.balance.beta:
             balance.check_experts(delta)
-        # A pooler that the base's files lack is random: it learns as the head above it does.
-        fresh = tuple(re.escape(path) for path in loaded.fresh if path.startswith("pooler/"))
-        model = overlay.bind(model, frozen=loaded.params, also=fresh)
+        model = bound(overlay, loaded)
         plan = dataclasses.replace(plan, rules=tuple(model.axes))
     objective = None
     if config.balance.beta:
@@ -282,6 +280,13 @@ def _check_batch(config: FinetuneConfig, plan: mesh.MeshPlan) -> None:
             f"({plan.data_size} parts of the data axes x microbatches={config.microbatches}); "
             f"use a multiple of {multiple}"
         )
+
+
+def bound(overlay: Overlay, loaded: pretrained.Loaded) -> Any:
+    """The loaded model with an overlay; a pooler that the files lack is random, and learns as the
+    head above it does."""
+    fresh = tuple(re.escape(path) for path in loaded.fresh if path.startswith("pooler/"))
+    return overlay.bind(loaded.model, frozen=loaded.params, also=fresh)
 
 
 def trainable(model: Any, freeze: tuple[str, ...]) -> tuple[str, ...]:

@@ -47,7 +47,8 @@ class HeadConfig:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"head must be one of {', '.join(KINDS)}, got {self.kind!r}")
-        if not isinstance(self.num_labels, numbers.Integral) or self.num_labels < 1:
+        count = self.num_labels
+        if isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < 1:
             raise ValueError(f"num_labels must be a whole number >= 1, got {self.num_labels!r}")
         if self.transform is not None:
             activation(self.transform)

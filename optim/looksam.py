@@ -5,7 +5,8 @@
   in between       the base optimiser gets g + alpha * |g| / |g_v| * g_v: no second gradient
 
 Where rho is 0 a step is one of the base optimiser and costs one gradient; a k-th one keeps nothing.
-A k-th step whose g_v is not finite, or so long that its norm is not, is NaN and keeps nothing new.
+A k-th step whose gradients are not finite, or so long that their squared norms are not, is NaN and
+keeps nothing new. The base gets g_s as the sum of its two parts, so with one more rounding.
 A g_v of less than 1e-6 of |g_s| is rounding and is not kept either, or it would be scaled up to
 the gradient's size in between. A cheaper first gradient (``steppe.train.ascent``) is refused:
 g_s - g of different rows or leaves is not sharpness but sampling noise.
@@ -72,7 +73,7 @@ def looksam(
 
     Args:
       base, rho: see :func:`sam`.
-      every: k; 1 is SAM.
+      every: k; 1 is SAM, bit for bit where rho and every are numbers.
       alpha: weight of the kept direction.
 
     Raises:

@@ -120,7 +120,7 @@ class Work:
 
     def sums(self, params: Params) -> Sums:
         """What :meth:`evaluate` is made of."""
-        return accumulate(
+        found = accumulate(
             self.objective,
             params,
             self.still,
@@ -129,6 +129,15 @@ class Work:
             self.microbatches,
             self.compute_dtype,
         )
+        self._check_rows(found.rows)
+        return found
+
+    def _check_rows(self, found: jax.Array | None) -> None:
+        if found is not None and found.shape != (self.rows,):
+            raise ValueError(
+                f"LossOut.rows must have one entry for each of the {self.rows} rows of the batch, "
+                f"got {found.shape[0]}"
+            )
 
     def gradient(self, params: Params) -> Params:
         """The gradient of the whole batch: ``grad_fn`` of a transform."""
@@ -170,6 +179,7 @@ class Work:
             parts = (self.parts, jnp.arange(self.microbatches))
             _, found = jax.lax.scan(lambda _, part: (None, told(*part)), None, parts)
             found = None if found is None else _in_order(found)
+        self._check_rows(found)
         return self._single(compute) if found is None else found
 
     def _single(self, compute: Params) -> jax.Array:

@@ -136,8 +136,7 @@ class _Stream:
         whole = setup.Data(data.task, data.tokenizer, {}, config.tasks[0])
         self.loaded = pieces.load(settings, origin, whole, plan)
         self.overlay = overlay_of(config, method)
-        model = self.loaded.model
-        bound = self.overlay.bind(model, frozen=self.loaded.params)
+        bound = pieces.bound(self.overlay, self.loaded)
         self.model = bound if data.groups is None else classes.grouped(bound, data.groups)
         self.plan = dataclasses.replace(plan, rules=tuple(bound.axes))
         schedule = basic.schedule("constant", config.optim.learning_rate, 1)

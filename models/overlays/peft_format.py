@@ -243,7 +243,8 @@ def _gathered(tensors: dict[str, np.ndarray], model: Model, suffix: str) -> dict
 def _is_head(name: str, config: Mapping[str, Any]) -> bool:
     if "lora_" in name or "ia3_" in name:  # of the delta, whatever module it belongs to
         return False
-    return any(f".{part}." in f".{name}." for part in config.get("modules_to_save") or ())
+    # As peft finds them: by the end of a module's name, ``pre_classifier`` of ``classifier`` too.
+    return any(f"{part}." in f"{name}." for part in config.get("modules_to_save") or ())
 
 
 def _refuse(config: Mapping[str, Any], kind: str) -> None:

@@ -95,7 +95,7 @@ def test_what_can_be_merged_is(runs, tmp_path):
     assert again["accuracy"] == pytest.approx(found["metrics"]["test"]["accuracy"])
 
 
-def test_what_is_not_to_be_merged_goes_into_a_bank(reviews, tmp_path):
+def test_what_is_not_to_be_merged_goes_into_a_bank(reviews, tmp_path, capsys):
     runs = [tmp_path / name for name in "ab"]
     for seed, run in enumerate(runs):
         more = ("--overlay", "lora:rank=2", "--no-merge", f"--seed={seed}")
@@ -104,6 +104,10 @@ def test_what_is_not_to_be_merged_goes_into_a_bank(reviews, tmp_path):
         assert "largest_logit_difference_after_merge" not in found["model"]
         again = scores(run, tmp_path)
         assert again["loss"] == pytest.approx(found["metrics"]["test"]["loss"], rel=1e-6)
+    assert finetune(reviews, runs[1], *more[:-2], "--seed=1", "--resume") == 2
+    assert "exported its model with merge=False, now it is True" in capsys.readouterr().err
+    assert finetune(reviews, tmp_path / "c", "--no-merge") == 2
+    assert "merge=False keeps the delta of an overlay" in capsys.readouterr().err
     both = bank.load([run / "model" for run in runs])
     alone = [overlays.load(run / "model") for run in runs]
     stacked = both.params["overlay"]["layers"]

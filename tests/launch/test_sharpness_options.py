@@ -141,7 +141,6 @@ def test_gradients_that_a_step_takes():
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"merge": False}, "merge=False keeps the delta of an overlay: add --overlay"),
         ({"rho": 0.1}, "rho=0.1 is no setting of sharpness='none'"),
         ({"rho_warmup": 0.1}, "rho_warmup=0.1 is no setting of sharpness='none'"),
         ({"sharpness": "sam", "keep_ratio": 0.1}, "it belongs to sharpness fsam"),

@@ -123,6 +123,22 @@ def test_what_we_save(kind, bases, tmp_path):
         np.testing.assert_allclose(a, b, atol=1e-6 if kind == "prefix" else 0)  # turned twice
 
 
+def test_a_head_of_two_layers_is_a_head(tmp_path):
+    """peft finds what it saves by the ends of names: ``pre_classifier`` of ``classifier`` too."""
+    torch.manual_seed(0)
+    config = transformers.DistilBertConfig(
+        vocab_size=60, dim=24, n_layers=2, n_heads=3, hidden_dim=40, max_position_embeddings=16
+    )
+    base = transformers.DistilBertForSequenceClassification(config)
+    base.save_pretrained(tmp_path / "base")
+    settings = peft.LoraConfig(r=2, target_modules=["q_lin"], task_type="SEQ_CLS")
+    peft.get_peft_model(base, settings).save_pretrained(tmp_path / "adapter")
+    loaded = pretrained.load(tmp_path / "base")
+    found = peft_format.load(tmp_path / "adapter", loaded.model)
+    assert sorted({name.split(".")[-2] for name in found.other}) == ["classifier", "pre_classifier"]
+    assert set(found.delta["layers"]) == {"attn.q"}
+
+
 @pytest.fixture(scope="module")
 def t5(tmp_path_factory):
     folder = tmp_path_factory.mktemp("t5")

@@ -106,6 +106,16 @@ def test_rows_that_an_objective_tells_are_those_of_the_first_pass(split):
     assert np.flatnonzero(np.isnan(found["first"])).tolist() == [3]
 
 
+def test_rows_of_another_number_are_refused():
+    def tokens(params, batch, key):
+        out = told(params, batch, key)
+        return out._replace(rows=tuple(jnp.repeat(part, 2) for part in out.rows))
+
+    state = step.init(jax.random.key(0), toy.MODEL, optax.sgd(0.1))
+    with pytest.raises(ValueError, match="for each of the 32 rows of the batch, got 64"):
+        step.make(tokens, optax.sgd(0.1))(state, toy.batch())
+
+
 def test_rows_that_an_objective_does_not_tell_are_none():
     def update(grads, state, params=None, *, row_losses, **_):
         assert row_losses is None
