@@ -141,16 +141,14 @@ def looksam(
             return jax.lax.cond(due, lambda _: look(there()), reuse, None)
 
         final: Any
+        fixed = isinstance(rho, numbers.Real)
         if static_zero(rho):
             final, kept = grads, state.direction
-        elif not isinstance(rho, numbers.Real):
-            mix = jax.lax.cond(radius == 0, stay, step, None)
-            final, kept = mix.of(g), mix.kept
-        elif isinstance(every, int) and every == 1:  # SAM, bit for bit
+        elif fixed and isinstance(every, int) and every == 1:  # SAM, bit for bit
             sharp = there()
             final, kept = typed_as(sharp, g), look(sharp).kept
         else:
-            mix = step(None)
+            mix = step(None) if fixed else jax.lax.cond(radius == 0, stay, step, None)
             final, kept = mix.of(g), mix.kept
         updates, inner = base.update(final, state.base, params, grad_fn=grad_fn, **extra)
         return updates, LookSamState(optax.safe_increment(state.steps), inner, kept)

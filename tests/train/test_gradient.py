@@ -11,7 +11,6 @@ import optax
 import pytest
 
 from steppe.train import mesh, step
-from steppe.train.types import LossOut
 
 toy = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "programs" / "toy.py")))
 
@@ -61,14 +60,6 @@ def test_row_losses_and_gradients_of_chosen_rows(split):
     assert largest(moved, host(jax.grad(loss)(before, rows))) < 1e-5
 
 
-def told(params, batch, key):
-    """``toy.dropped``, its rows told apart."""
-    mask = batch["label_mask"]
-    out = toy.logits(params, batch, key)
-    losses = optax.softmax_cross_entropy_with_integer_labels(out, batch["labels"]) * mask
-    return LossOut(losses.sum(), mask.sum(), {}, (losses.sum(1), mask.sum(1)))
-
-
 @pytest.mark.parametrize("split", SPLITS)
 def test_rows_that_an_objective_tells_are_those_of_the_first_pass(split):
     """With the dropout of the step, in the batch's order, at w and elsewhere."""
@@ -87,14 +78,14 @@ def test_rows_that_an_objective_tells_are_those_of_the_first_pass(split):
     before, key = host(state.params), jax.random.fold_in(state.rng, 0)
     batch = toy.batch()
     batch["label_mask"][3] = 0.0  # a row without a label
-    state, _ = step.make(told, tx, plan, microbatches=microbatches)(state, batch)
+    state, _ = step.make(toy.told, tx, plan, microbatches=microbatches)(state, batch)
 
     def wanted(params):
         out = np.zeros(toy.ROWS)
         for part in range(microbatches):
             rows = slice(part, None, microbatches)
             mine = {name: value[rows] for name, value in batch.items()}
-            total, weight = told(params, mine, jax.random.fold_in(key, part)).rows
+            total, weight = toy.told(params, mine, jax.random.fold_in(key, part)).rows
             out[rows] = np.where(weight > 0, total / np.maximum(weight, 1), np.nan)
         return out
 
@@ -108,7 +99,7 @@ def test_rows_that_an_objective_tells_are_those_of_the_first_pass(split):
 
 def test_rows_of_another_number_are_refused():
     def tokens(params, batch, key):
-        out = told(params, batch, key)
+        out = toy.told(params, batch, key)
         return out._replace(rows=tuple(jnp.repeat(part, 2) for part in out.rows))
 
     state = step.init(jax.random.key(0), toy.MODEL, optax.sgd(0.1))
